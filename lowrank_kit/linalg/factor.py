@@ -87,10 +87,11 @@ def whitened_svd(W_OI: Tensor, gram_II: Tensor) -> Factors:
     Source: SVD-LLM (arXiv 2403.07378) in the form of Swift-SVD (arXiv 2604.01609, eigenvectors of the output
     covariance).
     """
-    O, I = W_OI.shape
-    dtype = working_dtype(max(min(O, I), I if O > I else 0), W_OI.device)
+    num_out, num_in = W_OI.shape
+    # The side that is decomposed: O of W H W^T for a wide matrix, I of H for a tall one.
+    dtype = working_dtype(min(num_out, num_in), W_OI.device)
     W_OI, gram_II = W_OI.to(dtype), gram_II.to(dtype)
-    if O <= I:
+    if num_out <= num_in:
         energies, U = torch.linalg.eigh(W_OI @ gram_II @ W_OI.mT)
         s_S = energies.clamp(min=0).sqrt().flip(0)
         U_OS = U.flip(1)

@@ -1,0 +1,43 @@
+"""lowrank-kit: train causal language models that fold, fold the ones you have, and prove what it cost.
+
+Importing this package registers the checkpoint format, so that `AutoModelForCausalLM.from_pretrained` loads
+compressed folders.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from lowrank_kit._registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from lowrank_kit.compression.run import compress as compress
+    from lowrank_kit.layers.linear import LowRankLinear as LowRankLinear
+    from lowrank_kit.matrices import find_matrices as find_matrices
+    from lowrank_kit.optim.numuon import NuMuon as NuMuon
+    from lowrank_kit.optim.routing import parameter_groups as parameter_groups
+    from lowrank_kit.training.run import train as train
+
+__version__ = version("lowrank-kit")
+
+# Public name -> where it lives, imported on first use: this package must import in milliseconds.
+_PUBLIC = {
+    "LowRankLinear": "lowrank_kit.layers.linear",
+    "NuMuon": "lowrank_kit.optim.numuon",
+    "compress": "lowrank_kit.compression.run",
+    "find_matrices": "lowrank_kit.matrices",
+    "parameter_groups": "lowrank_kit.optim.routing",
+    "train": "lowrank_kit.training.run",
+}
+__all__ = ["LowRankLinear", "NuMuon", "compress", "find_matrices", "parameter_groups", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+register_with_transformers()

@@ -1,0 +1,135 @@
+"""Lets `AutoModelForCausalLM.from_pretrained` load a compressed folder: a quantizer registered with transformers.
+
+transformers builds the model on the meta device, this exchanges the factorized layers while they are empty, and the
+factors are loaded like any other weight: no dense weight is ever in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowrank_kit.errors import LowRankError
+from lowrank_kit.layers import exchange_linear
+
+if TYPE_CHECKING:
+    # transformers is still being imported when this module is.
+    from transformers import PreTrainedModel
+
+QUANT_METHOD = "lowrank"
+FORMAT_VERSION = 1
+FORMS = ("factors",)
+
+
+class LowRankConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed checkpoint.
+
+    Args:
+        matrices: path of the module -> {"rank": r, "form": "factors"}.
+        format_version: of the checkpoint format.
+        quant_method: always "lowrank".
+        extra: keys of the same format version that this code does not use; kept when the model is saved again.
+
+    Raises:
+        LowRankError: a newer format version, an unknown form or a rank below 1.
+    """
+
+    def __init__(
+        self,
+        matrices: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **extra: Any,
+    ) -> None:
+        if format_version > FORMAT_VERSION:
+            raise LowRankError(
+                f"the checkpoint has format version {format_version}, this lowrank-kit reads up to {FORMAT_VERSION}",
+                hint="pip install --upgrade lowrank-kit",
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.matrices = matrices or {}
+        for name, entry in self.matrices.items():
+            rank, form = entry.get("rank"), entry.get("form")
+            if not isinstance(rank, int) or rank < 1 or form not in FORMS:
+                raise LowRankError(
+                    f"quantization_config: {name} has rank {rank!r} and form {form!r}; "
+                    f"a rank of at least 1 and one of the forms {', '.join(FORMS)} are wanted"
+                )
+        for key, value in extra.items():
+            setattr(self, key, value)
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Exchanges the factorized layers before the weights are loaded, and lets go of the model afterwards."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        modules = dict(model.named_modules())
+        prefix = f"{model.base_model_prefix}."
+        for name, entry in self.quantization_config.matrices.items():
+            # AutoModel, or a head on top of it, adds or drops the prefix of the base model.
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            found = next((candidate for candidate in candidates if candidate in modules), None)
+            if found is None:
+                raise LowRankError(
+                    f"quantization_config names {name}, but {type(model).__name__} has no such module",
+                    hint="config.json and the model class seem to belong to different models",
+                )
+            with torch.device("meta"):
+                exchange_linear(model, found, entry["rank"])
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # A quantizer that stays makes Trainer refuse to train and save_pretrained ignore a given state dict. The
+        # config keeps its `quantization_config`, which is all that saving needs.
+        for owner, attribute in (
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+            (model.config, "_is_quantized"),
+        ):
+            if hasattr(owner, attribute):
+                delattr(owner, attribute)
+        model.is_quantized = False
+        return model
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Tensor parallelism: the output side of a layer is B's, the input side A's."""
+        for name, style in list(plan.items()):
+            leaf = {"colwise": "B", "rowwise": "A"}.get(style)
+            if leaf is not None:
+                plan[f"{name}.{leaf}"] = style
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Factors are ordinary weights."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are ordinary weights."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Factors are ordinary weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Two matrix products."""
+        return True
+
+
+def register() -> None:
+    """Make transformers know the method "lowrank"; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LowRankConfig)
+        register_quantizer(QUANT_METHOD)(LowRankQuantizer)

@@ -1,0 +1,4 @@
+"""Low-rank layers and how they get into a model."""
+
+from lowrank_kit.layers.linear import LowRankLinear as LowRankLinear
+from lowrank_kit.layers.surgery import exchange_linear as exchange_linear

@@ -1,0 +1,5 @@
+"""NuMuon and its family, rank schedules and routing."""
+
+from lowrank_kit.optim.numuon import NuMuon as NuMuon
+from lowrank_kit.optim.routing import parameter_groups as parameter_groups
+from lowrank_kit.optim.schedule import RankSchedule as RankSchedule

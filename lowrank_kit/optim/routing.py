@@ -1,0 +1,37 @@
+"""Which rule steps which parameter: matrices by the matrix rule, everything else by AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lowrank_kit.matrices import find_matrices
+
+
+def parameter_groups(
+    model: nn.Module, *, rule: str, lr: float, weight_decay: float = 0.0, **options: Any
+) -> list[dict[str, Any]]:
+    """Groups for `NuMuon`: matrices, then embeddings and head (AdamW), then vectors (AdamW, no weight decay).
+
+    Args:
+        model: a transformers model; tied parameters appear once.
+        rule: numuon, muon or adamw, for the matrices.
+        lr: learning rate of all groups.
+        weight_decay: of matrices, embeddings and head.
+        options: further options of the matrix group, as `rank_schedule` and `total_steps`.
+
+    Returns:
+        Groups with their names under `name`; empty ones are left out.
+    """
+    matrices = {matrix.parameter for matrix in find_matrices(model)}
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": {"params": [], "rule": rule, "lr": lr, "weight_decay": weight_decay, **options},
+        "embeddings": {"params": [], "rule": "adamw", "lr": lr, "weight_decay": weight_decay},
+        "vectors": {"params": [], "rule": "adamw", "lr": lr, "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "matrices" if name in matrices else "embeddings" if parameter.ndim >= 2 else "vectors"
+            groups[kind]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items() if group["params"]]

@@ -1,0 +1,93 @@
+"""What a run shows and writes while it trains: a progress bar on stderr and one JSON line per log step."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def rank_fraction_of(optimizer: Any) -> float | None:
+    """Rank fraction of the last NuMuon step, None without one."""
+    fractions = [g["rank_fraction"] for g in optimizer.param_groups if g.get("rule") == "numuon"]
+    return fractions[0] if fractions else None
+
+
+class ProgressLog(TrainerCallback):
+    """Progress bar with loss, rank fraction and tokens/s, and a JSONL log with the same numbers.
+
+    Args:
+        path: JSONL file, appended to; lines past the step a run resumes from are dropped.
+        step_tokens: tokens in an optimizer step.
+    """
+
+    def __init__(self, path: Path, step_tokens: int) -> None:
+        self.path = path
+        self.step_tokens = step_tokens
+        self.bar: tqdm[Any] | None = None
+        self.validation_loss: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar at the step the run starts from and cut the log there."""
+        kept = [line for line in _read_lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
+        self.first_step, self.started = state.global_step, time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a line and show its numbers; the Trainer's closing summary is left out."""
+        if not logs or "train_runtime" in logs:
+            return
+        line: dict[str, float | int | None] = {"step": state.global_step}
+        if "loss" in logs:
+            line |= {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+            line["rank_fraction"] = rank_fraction_of(optimizer) if optimizer is not None else None
+            elapsed = time.perf_counter() - self.started
+            line["tokens_per_s"] = round((state.global_step - self.first_step) * self.step_tokens / elapsed, 1)
+        if "eval_loss" in logs:
+            line["validation_loss"] = self.validation_loss = logs["eval_loss"]
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._show(line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if self.bar is None:
+            return
+        shown = {"loss": f"{line['loss']:.3f}"} if "loss" in line else {}
+        if line.get("rank_fraction") is not None:
+            shown["rank"] = f"{line['rank_fraction']:.2f}"
+        if "tokens_per_s" in line:
+            shown["tok/s"] = f"{line['tokens_per_s']:,.0f}"
+        if self.validation_loss is not None:
+            shown["val"] = f"{self.validation_loss:.3f}"
+        self.bar.set_postfix(shown)
+
+
+def _read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,245 @@
+"""One training run: text and settings in, a model folder with its log and everything needed to repeat it out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from lowrank_kit.checkpoint.folder import resolve_model
+from lowrank_kit.config import settings_difference
+from lowrank_kit.data.blocks import TokenBlocks, token_blocks
+from lowrank_kit.data.corpus import Corpus, load_corpus
+from lowrank_kit.data.tokenizer import train_tokenizer
+from lowrank_kit.device import resolve_device
+from lowrank_kit.errors import UsageError
+from lowrank_kit.matrices import find_matrices
+from lowrank_kit.optim import NuMuon, parameter_groups
+from lowrank_kit.report.environment import environment
+from lowrank_kit.report.files import write_json
+from lowrank_kit.training.callbacks import ProgressLog
+from lowrank_kit.training.presets import model_config
+from lowrank_kit.training.settings import LR_SCHEDULES, TrainSettings
+
+RUN_FILE = "run.json"
+LOG_FILE = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads: the corpus, its tokenizer and the token blocks of both sides."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenBlocks
+    heldout: TokenBlocks
+
+
+class NuMuonFactory:
+    """Builds the optimizer from the model, through the Trainer's hook for optimizers that need it whole."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> NuMuon:
+        """The optimizer with its parameters routed by `matrices.py`."""
+        return NuMuon(parameter_groups(model, **options))
+
+
+def train(settings: TrainSettings, output: Path, *, resume: bool = False, device: str = "auto") -> dict[str, Any]:
+    """Train a model from scratch or fine-tune one, and save it as a Hugging Face folder.
+
+    The folder appears with run.json (settings, hashes, versions), log.jsonl and the tokenizer; the weights are added
+    when training is done, so a folder with weights is a finished run.
+
+    Args:
+        settings: see `TrainSettings`.
+        output: folder to make; with `resume` the folder of the interrupted run.
+        resume: go on from the last checkpoint; the result is that of an uninterrupted run, bit for bit on CPU.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+
+    Returns:
+        The contents of run.json.
+
+    Raises:
+        UsageError: settings or text that cannot be trained on; a resume with other settings or other text.
+        LowRankError: a gradient that is not finite.
+    """
+    torch_device = resolve_device(device)
+    previous = _previous_run(output, settings) if resume else None
+    set_seed(settings.seed)
+    data = load_data(settings, saved_tokenizer=output if previous else None)
+    if previous and previous["corpus"]["sha256"] != data.corpus.sha256:
+        raise UsageError(
+            f"the text of {data.corpus.source} has changed since the run in {output} started "
+            f"(sha256 {previous['corpus']['sha256'][:12]} -> {data.corpus.sha256[:12]})",
+            hint="restore the text, or start again in a new folder",
+        )
+    model = build_model(settings, data.tokenizer)
+    record = previous or _start(output, settings, data, model)
+    trainer, log = _trainer(settings, output, data, model, torch_device)
+    checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if previous else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate()
+    record = {**record, "finished": True, "step": trainer.state.global_step, "validation_loss": log.validation_loss}
+    _save_model(trainer, output)
+    write_json(output / RUN_FILE, record)
+    return record
+
+
+def load_data(settings: TrainSettings, *, saved_tokenizer: Path | None = None) -> RunData:
+    """Read, split and tokenize the text of a run."""
+    # The split has a seed of its own: a run with another seed must not train on what another is scored on.
+    corpus = load_corpus(settings.text, max_bytes=settings.max_bytes)
+    given = saved_tokenizer or settings.tokenizer or settings.model
+    if given is None:
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+            (d.text for d in corpus.train), vocab_size=settings.vocab_size, model_max_length=settings.block_tokens
+        )
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(str(given)))
+    return RunData(
+        corpus=corpus,
+        tokenizer=tokenizer,
+        train=token_blocks(corpus.train, tokenizer, settings.block_tokens),
+        heldout=token_blocks(
+            corpus.heldout, tokenizer, settings.block_tokens, max_blocks=settings.eval_blocks, seed=settings.seed
+        ),
+    )
+
+
+def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model to train, in float32: random from its config, or the checkpoint to fine-tune."""
+    if settings.model is not None:
+        return AutoModelForCausalLM.from_pretrained(resolve_model(settings.model), dtype=torch.float32)
+    assert settings.model_config is not None
+    config = model_config(
+        settings.model_config,
+        vocab_size=len(tokenizer),
+        context=settings.block_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
+    """run.json of the run to resume, after checking that it is the same run and not finished."""
+    if not (output / RUN_FILE).is_file():
+        raise UsageError(f"nothing to resume in {output}: it has no {RUN_FILE}", hint="leave out --resume to start")
+    record = json.loads((output / RUN_FILE).read_text())
+    difference = settings_difference(record["settings"], asdict(settings))
+    if difference:
+        raise UsageError(
+            f"the run in {output} was started with other settings: {'; '.join(difference)}",
+            hint="resume with the same settings, or start in a new folder",
+        )
+    if record["finished"]:
+        raise UsageError(f"the run in {output} is finished at step {record['step']}: nothing to resume")
+    return record
+
+
+def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrainedModel) -> dict[str, Any]:
+    """Make the folder and its first run.json; returns the record."""
+    matrices = find_matrices(model)
+    record = {
+        "settings": asdict(settings),
+        "finished": False,
+        "step": 0,
+        "validation_loss": None,
+        "num_steps": settings.num_steps,
+        "step_tokens": settings.step_tokens,
+        "peak_lr": settings.peak_lr,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "matrix_parameters": sum(m.shape[0] * m.shape[1] for m in matrices),
+        "corpus": {
+            "source": data.corpus.source,
+            "sha256": data.corpus.sha256,
+            "train_blocks_sha256": data.train.sha256,
+            "heldout_blocks_sha256": data.heldout.sha256,
+            "train_tokens": data.train.num_tokens,
+            "bytes_per_token": data.heldout.bytes_per_token,
+        },
+        "environment": environment(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    data.tokenizer.save_pretrained(output)
+    write_json(output / RUN_FILE, record)
+    return record
+
+
+def _trainer(
+    settings: TrainSettings, output: Path, data: RunData, model: PreTrainedModel, device: torch.device
+) -> tuple[Trainer, ProgressLog]:
+    num_steps = settings.num_steps
+    args = TrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=num_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.peak_lr,
+        lr_scheduler_type=LR_SCHEDULES[settings.lr_schedule],
+        warmup_steps=round(settings.warmup * num_steps),
+        max_grad_norm=settings.clip,
+        bf16=settings.bf16,
+        use_cpu=device.type == "cpu",
+        seed=settings.seed,
+        logging_steps=settings.log_every,
+        # A loss that is not finite shows as it is; the filter would log a running mean instead.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.eval_every else "no",
+        eval_steps=settings.eval_every or None,
+        prediction_loss_only=True,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or num_steps,
+        save_total_limit=2,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to=[],
+    )
+    options = {
+        "rule": settings.optimizer,
+        "lr": settings.peak_lr,
+        "weight_decay": settings.weight_decay,
+        "rank_schedule": settings.rank,
+        "total_steps": num_steps,
+    }
+    log = ProgressLog(output / LOG_FILE, settings.step_tokens)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        optimizer_cls_and_kwargs=(NuMuonFactory, options),
+        callbacks=[log],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, log
+
+
+def _save_model(trainer: Trainer, output: Path) -> None:
+    """Weights and config beside run.json, the weights last: a folder with weights is whole."""
+    staging = output / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    trainer.model.save_pretrained(staging)
+    files = sorted(staging.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))
+    for file in files:
+        os.replace(file, output / file.name)
+    staging.rmdir()

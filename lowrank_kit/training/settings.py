@@ -1,0 +1,115 @@
+"""Everything a training run is made of. The same settings on the same machine give the same weights, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_kit.errors import UsageError, did_you_mean
+
+OPTIMIZERS = ("numuon", "muon", "adamw")
+LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+# What `auto` precision and `auto` learning rate mean stands here, once.
+DEFAULT_LR = {"numuon": 4e-3, "muon": 4e-3, "adamw": 4e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of `lowrank train`.
+
+    Args:
+        model: checkpoint to fine-tune, a folder or a hub name. Exactly one of `model` and `model_config`.
+        model_config: preset or config.json of a model trained from scratch.
+        text: text source; None is the standard library.
+        tokenizer: folder or hub name of a tokenizer; None takes the model's own or trains a byte-level BPE.
+        vocab_size: of a tokenizer trained here.
+        optimizer: numuon, muon or adamw.
+        lr: peak learning rate; None takes the optimizer's default.
+        lr_schedule: cosine, linear or constant, after the warm-up.
+        warmup: share of the steps with a rising learning rate.
+        weight_decay: decoupled.
+        rank: rank schedule of numuon, see `RankSchedule.parse`.
+        steps: optimizer steps. Exactly one of `steps` and `tokens`.
+        tokens: training tokens, rounded up to whole steps.
+        batch_size: sequences in a forward pass.
+        accumulate: forward passes in a step.
+        block_tokens: tokens in a sequence.
+        clip: largest gradient norm; 0 does not clip.
+        bf16: bfloat16 autocast, weights stay float32.
+        eval_every: steps between validations; 0 only validates at the end.
+        eval_blocks: held-out sequences in a validation.
+        save_every: steps between checkpoints for `--resume`; 0 keeps none.
+        log_every: steps between log lines.
+        max_bytes: most bytes of text to take from the source.
+        seed: of weights, order of the text and dropout.
+
+    Raises:
+        UsageError: settings that contradict each other or make no sense.
+    """
+
+    model: str | None = None
+    model_config: str | None = None
+    text: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    optimizer: str = "numuon"
+    lr: float | None = None
+    lr_schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    rank: str = "cosine:1:0.25"
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    block_tokens: int = 256
+    clip: float = 1.0
+    bf16: bool = False
+    eval_every: int = 0
+    eval_blocks: int = 64
+    save_every: int = 0
+    log_every: int = 10
+    max_bytes: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.model_config is None):
+            raise UsageError(
+                "give exactly one of MODEL (fine-tune a checkpoint) and --model-config (train from scratch)",
+                hint="lowrank train --model-config 1m --steps 200 -o run",
+            )
+        if (self.steps is None) == (self.tokens is None):
+            raise UsageError("give exactly one of --steps and --tokens", hint="--steps 1000")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f'unknown optimizer "{self.optimizer}"', hint=did_you_mean(self.optimizer, OPTIMIZERS))
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise UsageError(
+                f'unknown lr schedule "{self.lr_schedule}"', hint=did_you_mean(self.lr_schedule, LR_SCHEDULES)
+            )
+        for name in ("steps", "tokens", "batch_size", "accumulate", "eval_blocks", "log_every", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.block_tokens < 2:
+            raise UsageError(f"block_tokens must be at least 2, got {self.block_tokens}", hint="--block-tokens 256")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}")
+        if self.lr is not None and self.lr <= 0:
+            raise UsageError(f"lr must be above 0, got {self.lr:g}")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in an optimizer step."""
+        return self.batch_size * self.accumulate * self.block_tokens
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -(-self.tokens // self.step_tokens)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate, or the optimizer's default."""
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr

@@ -30,6 +30,7 @@ class ProgressLog(TrainerCallback):
         self.step_tokens = step_tokens
         self.bar: tqdm[Any] | None = None
         self.validation_loss: float | None = None
+        self.validated_at: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,6 +66,7 @@ class ProgressLog(TrainerCallback):
             line["tokens_per_s"] = round((state.global_step - self.first_step) * self.step_tokens / elapsed, 1)
         if "eval_loss" in logs:
             line["validation_loss"] = self.validation_loss = logs["eval_loss"]
+            self.validated_at = state.global_step
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._show(line)

@@ -95,7 +95,8 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     trainer, log = _trainer(settings, output, data, model, torch_device)
     checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if previous else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.evaluate()
+    if log.validated_at != trainer.state.global_step:
+        trainer.evaluate()
     record = {**record, "finished": True, "step": trainer.state.global_step, "validation_loss": log.validation_loss}
     _save_model(trainer, output)
     write_json(output / RUN_FILE, record)
@@ -139,11 +140,27 @@ def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> 
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def stored_settings(output: Path) -> dict[str, Any]:
+    """The settings a run was started with.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    return _read_run(output)["settings"]
+
+
+def _read_run(output: Path) -> dict[str, Any]:
+    try:
+        return json.loads((output / RUN_FILE).read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"nothing to resume in {output}: it has no {RUN_FILE}", hint="leave out --resume to start"
+        ) from None
+
+
 def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
     """run.json of the run to resume, after checking that it is the same run and not finished."""
-    if not (output / RUN_FILE).is_file():
-        raise UsageError(f"nothing to resume in {output}: it has no {RUN_FILE}", hint="leave out --resume to start")
-    record = json.loads((output / RUN_FILE).read_text())
+    record = _read_run(output)
     difference = settings_difference(record["settings"], asdict(settings))
     if difference:
         raise UsageError(

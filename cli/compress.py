@@ -1,0 +1,86 @@
+"""`lowrank compress`: factorize the matrices of a checkpoint to a target size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import device_option, json_option, output_option, seed_option, verbosity_options
+from .output import check_new_folder, emit
+
+
+@click.command("compress", short_help="Factorize a model to a target size.")
+@click.argument("model")
+@click.option("--keep", type=float, required=True, help="Fraction of the matrices' numbers to keep, 0 < keep <= 1.")
+@click.option("--objective", metavar="NAME", default="whiten", show_default=True, help="plain or whiten.")
+@click.option("--allocation", metavar="NAME", default="uniform", show_default=True, help="uniform.")
+@click.option("--text", metavar="SOURCE", default=None, help="Calibration: file, folder, hub:NAME[:split] or stdlib.")
+@click.option("--calibration-blocks", type=int, default=128, show_default=True, help="Sequences of calibration text.")
+@click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
+@click.option("--max-shard-bytes", type=int, default=5 * 10**9, show_default=True, help="Most bytes of a file.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the calibration run; the weights on disk keep theirs.",
+)
+@click.option("--dry-run", is_flag=True, default=False, help="Print the plan with exact bytes and write nothing.")
+@output_option(required=False)
+@seed_option
+@device_option
+@json_option
+@verbosity_options
+def command(
+    model: str, output: Path | None, dry_run: bool, device: str, dtype: str, as_json: bool, verbosity: int, **given: Any
+) -> None:
+    """Factorize the matrices of MODEL (a folder or a hub name) into two thin factors each.
+
+    The result is a Hugging Face folder that from_pretrained loads after `import lowrank_kit`.
+    """
+    from lowrank_kit.errors import UsageError
+
+    if output is None and not dry_run:
+        raise UsageError("no output folder", hint="-o DIR, or --dry-run for the plan alone")
+    from lowrank_kit.compression.settings import CompressSettings
+
+    settings = CompressSettings(**given)
+    if dry_run:
+        from lowrank_kit.checkpoint.folder import Checkpoint
+        from lowrank_kit.compression.plan import make_plan
+
+        plan = make_plan(Checkpoint.open(model), settings)
+        rows = [matrix.row() for matrix in plan.matrices]
+        emit({"totals": plan.totals(), "matrices": rows}, _plan_text(plan.totals(), rows), as_json)
+        return
+    assert output is not None
+    check_new_folder(output)
+    from lowrank_kit.compression.run import compress
+
+    report = compress(model, output, settings, device=device, dtype=dtype)
+    emit(report, _report_text(report, output), as_json)
+
+
+def _plan_text(totals: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    from lowrank_kit.report.tables import text_table
+
+    columns = ["matrix", "role", "out", "in", "rank", "form", "kept", "note"]
+    return f"{text_table(rows, columns)}\n\n{_size_text(totals)}\nnothing written (--dry-run)"
+
+
+def _report_text(report: dict[str, Any], output: Path) -> str:
+    from lowrank_kit.compression.run import role_rows
+    from lowrank_kit.report.tables import text_table
+
+    return f"{text_table(role_rows(report['matrices']))}\n\n{_size_text(report['totals'])}\nwrote {output}"
+
+
+def _size_text(totals: dict[str, Any]) -> str:
+    from lowrank_kit.compression.run import size_rows
+    from lowrank_kit.report.tables import text_table
+
+    sizes = text_table(size_rows(totals))
+    return f"{sizes}\n\n{totals['factorized']} of {totals['matrices']} matrices factorized"

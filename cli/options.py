@@ -1,0 +1,94 @@
+"""The options verbs have in common, as click decorators. Every one has an explicit default."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from .output import setup_logging
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class DeviceType(click.ParamType):
+    """`auto`, `cpu`, `mps`, `cuda` or `cuda:N`. Whether this machine has it is another question."""
+
+    name = "device"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "[auto|cpu|mps|cuda|cuda:N]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            self.fail(f"{value!r} is not one of auto, cpu, mps, cuda, cuda:N.", param, ctx)
+        return str(value)
+
+
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of everything random."
+)
+device_option = click.option(
+    "--device", type=DeviceType(), default="auto", show_default=True, help="Where to compute; auto takes a GPU if any."
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="Number format of the weights.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, default=False, help="Print the result as one JSON document."
+)
+
+
+def output_option(*, required: bool = True) -> Callable[..., Any]:
+    """`-o/--output DIR`, passed to the verb as `output: Path` (None if it is not required and not given)."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        required=required,
+        default=None,
+        help="Folder for the result; new or empty.",
+    )
+
+
+def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`-q` and `-v`, counted. Logging is set up before the verb's body runs, hence before its heavy imports;
+    the verb gets `verbosity`: 0 normally, below 0 when quiet, above 0 when verbose."""
+
+    @functools.wraps(function)
+    def call(*args: Any, verbose: int, quiet: int, **kwargs: Any) -> Any:
+        setup_logging(verbose - quiet)
+        return function(*args, verbosity=verbose - quiet, **kwargs)
+
+    call = click.option("-v", "--verbose", count=True, default=0, help="Say more (-vv: everything).")(call)
+    return click.option("-q", "--quiet", count=True, default=0, help="Say less: no progress, warnings only.")(call)
+
+
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a verb that computes takes: --seed, --device, --dtype, --json, -q, -v.
+
+    The verb gets `seed`, `device`, `dtype`, `as_json`, `verbosity`.
+    """
+    function = verbosity_options(function)
+    for option in (json_option, dtype_option, device_option, seed_option):
+        function = option(function)
+    return function
+
+
+def given_parameters(context: click.Context) -> dict[str, Any]:
+    """The parameters the user wrote (or set by an environment variable), without those left at their defaults.
+
+    These go over a settings file; a default must not.
+    """
+    unset = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return {name: value for name, value in context.params.items() if context.get_parameter_source(name) not in unset}

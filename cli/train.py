@@ -1,0 +1,87 @@
+"""`lowrank train`: pretrain from a config, or fine-tune a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import device_option, given_parameters, json_option, output_option, seed_option, verbosity_options
+from .output import check_new_folder, emit
+
+# Parameters of the verb that are no settings of the run.
+NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "quiet", "debug")
+
+
+@click.command("train", short_help="Pretrain or fine-tune a model.")
+@click.argument("model", required=False)
+@click.option(
+    "--model-config", metavar="PRESET|FILE", default=None, help="Train from scratch: 1m, 2m, ... or a config."
+)
+@click.option("--optimizer", metavar="NAME", default="numuon", show_default=True, help="numuon, muon or adamw.")
+@click.option("--lr", type=float, default=None, help="Peak learning rate; left out, the optimizer's default.")
+@click.option("--rank", metavar="SCHEDULE", default="cosine:1:0.25", show_default=True, help="Of numuon: see below.")
+@click.option("--steps", type=int, default=None, help="Optimizer steps.")
+@click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")
+@click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes in a step.")
+@click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
+@click.option("--tokenizer", metavar="DIR", default=None, help="A tokenizer; left out, the model's or a new BPE.")
+@click.option("--vocab-size", type=int, default=4096, show_default=True, help="Of a new BPE.")
+@click.option("--lr-schedule", metavar="NAME", default="cosine", show_default=True, help="cosine, linear or constant.")
+@click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Decoupled.")
+@click.option("--clip", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0: no clipping.")
+@click.option("--bf16/--no-bf16", default=False, help="bfloat16 autocast; weights stay float32.")
+@click.option("--eval-every", type=int, default=0, show_default=True, help="Steps between validations; 0: at the end.")
+@click.option("--eval-blocks", type=int, default=64, show_default=True, help="Held-out sequences in a validation.")
+@click.option("--save-every", type=int, default=0, show_default=True, help="Steps between checkpoints; 0: none.")
+@click.option("--log-every", type=int, default=10, show_default=True, help="Steps between log lines.")
+@click.option("--max-bytes", type=int, default=None, help="Most bytes of text to take.")
+@click.option("--config", type=click.Path(path_type=Path), default=None, help="Settings from YAML or JSON; flags win.")
+@click.option("--resume", is_flag=True, default=False, help="Go on from the last checkpoint in DIR, with its settings.")
+@output_option()
+@seed_option
+@device_option
+@json_option
+@verbosity_options
+@click.pass_context
+def command(
+    context: click.Context, output: Path, resume: bool, device: str, as_json: bool, config: Path | None, **_: Any
+) -> None:
+    """Pretrain from --model-config, or fine-tune MODEL, on a text source; writes a Hugging Face folder.
+
+    A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from 80 % on) or
+    piecewise:1@0,0.5@0.3.
+    """
+    from lowrank_kit.config import load_settings
+    from lowrank_kit.training.run import stored_settings, train
+    from lowrank_kit.training.settings import TrainSettings
+
+    given = {name: value for name, value in given_parameters(context).items() if name not in NOT_SETTINGS}
+    if resume:
+        # Resuming asks for the settings of the run, and for nothing else to be spelled out again.
+        given = {**stored_settings(output), **given}
+    else:
+        check_new_folder(output)
+    settings = load_settings(TrainSettings, config, given)
+    record = train(settings, output, resume=resume, device=device)
+    emit(record, _text(record, output), as_json)
+
+
+def _text(record: dict[str, Any], output: Path) -> str:
+    import math
+
+    loss = record["validation_loss"]
+    share = record["matrix_parameters"] / record["parameters"]
+    return "\n".join(
+        [
+            f"trained {record['parameters']:,} parameters, {share:.0%} of them in matrices, "
+            f"for {record['step']} steps of {record['step_tokens']:,} tokens",
+            f"validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
+            f"wrote {output}",
+            f"next: lowrank compress {output} --keep 0.5 -o {output}-half",
+        ]
+    )

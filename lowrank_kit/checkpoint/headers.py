@@ -1,0 +1,227 @@
+"""Safetensors headers: what a checkpoint holds, without reading a single weight.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header, then the bytes of all tensors without holes.
+Everything is checked here, so that a broken download is found before any work and not half-way through it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lowrank_kit.errors import LowRankError, UsageError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# The limit of the safetensors library itself (`MAX_HEADER_SIZE` in safetensors/src/tensor.rs).
+MAX_HEADER_BYTES = 100_000_000
+
+# Bits of one number for each dtype of the format (`Dtype::bitsize` in safetensors/src/tensor.rs).
+DTYPE_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+
+_COPY_AGAIN = "the file is damaged or incomplete: download or copy it again"
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor on disk: its name, dtype (safetensors' word, e.g. "BF16"), shape, shard file and size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    nbytes: int
+
+
+def read_headers(folder: Path | str) -> dict[str, TensorHeader]:
+    """Read and check the headers of every shard of a checkpoint.
+
+    Args:
+        folder: a model folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards.
+
+    Returns:
+        Tensor name -> header, shard by shard in file-name order and in the order of the bytes within a shard.
+
+    Raises:
+        UsageError: the folder holds no safetensors model.
+        LowRankError: a file is missing, truncated or damaged, or index and shards disagree.
+    """
+    folder = Path(folder)
+    # `model.safetensors` first: the order in which transformers looks.
+    if (folder / SINGLE_FILE).is_file():
+        return {header.name: header for header in _read_shard(folder, SINGLE_FILE)}
+    if (folder / INDEX_FILE).is_file():
+        return _read_shards(folder, _read_index(folder))
+    raise UsageError(
+        f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} in this folder", hint=_no_safetensors_hint(folder)
+    )
+
+
+def _no_safetensors_hint(folder: Path) -> str:
+    if any(folder.glob("pytorch_model*.bin*")):
+        convert = f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
+        return (
+            "pytorch_model.bin is a pickle; convert it once: "
+            f'python -c "from transformers import AutoModelForCausalLM as M; {convert}"'
+        )
+    if (folder / "adapter_model.safetensors").is_file():
+        return "this is an adapter: merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
+    return "give the folder that save_pretrained wrote"
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """`weight_map` of the index: tensor name -> shard file, every name checked to stay inside the folder."""
+    path = folder / INDEX_FILE
+    try:
+        weight_map = _parse_json(path.read_bytes(), str(path)).get("weight_map")
+    except OSError as error:
+        raise LowRankError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LowRankError(f"{path}: no weight_map in the index", hint=_COPY_AGAIN)
+    for name, file in weight_map.items():
+        parts = PurePosixPath(file.replace("\\", "/")) if isinstance(file, str) else None
+        if parts is None or not parts.parts or parts.is_absolute() or ".." in parts.parts or ":" in str(parts):
+            raise LowRankError(
+                f"{path}: tensor {name} is said to be in {file!r}, which is not a file inside the folder",
+                hint="do not use this checkpoint unless you know who made it",
+            )
+    return weight_map
+
+
+def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorHeader]:
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise LowRankError(
+            f"{folder}: {len(missing)} of the {len(files)} shards named in {INDEX_FILE} are missing: {_some(missing)}",
+            hint="download or copy the missing files",
+        )
+    headers: dict[str, TensorHeader] = {}
+    for file in files:
+        for header in _read_shard(folder, file):
+            if header.name in headers:
+                first = headers[header.name].file
+                raise LowRankError(f"{folder}: tensor {header.name} is in two shards, {first} and {file}")
+            headers[header.name] = header
+    _check_against_index(folder, headers, weight_map)
+    return headers
+
+
+def _check_against_index(folder: Path, headers: dict[str, TensorHeader], weight_map: dict[str, str]) -> None:
+    absent = [name for name, file in weight_map.items() if name not in headers or headers[name].file != file]
+    if absent:
+        where = f"{absent[0]} is not in {weight_map[absent[0]]}"
+        raise LowRankError(
+            f"{folder}: {len(absent)} of the {len(weight_map)} tensors of {INDEX_FILE} are not where it says: {where}",
+            hint="index and shards come from different versions: download or copy both again",
+        )
+    unlisted = [name for name in headers if name not in weight_map]
+    if unlisted:
+        where = f"{unlisted[0]} in {headers[unlisted[0]].file}"
+        raise LowRankError(
+            f"{folder}: {len(unlisted)} of the {len(headers)} tensors of the shards are not in {INDEX_FILE}: {where}",
+            hint="index and shards come from different versions: download or copy both again",
+        )
+
+
+def _read_shard(folder: Path, file: str) -> list[TensorHeader]:
+    """Headers of one shard in the order of their bytes; the file's size must be exactly what they add up to."""
+    path = folder / file
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise LowRankError(f"{path}: {size} bytes, too short for a safetensors file", hint=_COPY_AGAIN)
+            (length,) = struct.unpack("<Q", prefix)
+            if prefix == b"version ":
+                raise LowRankError(f"{path}: a git-lfs pointer, not the weights", hint=f"git -C {folder} lfs pull")
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise LowRankError(
+                    f"{path}: says its header is {length} bytes long, the file has {size}", hint=_COPY_AGAIN
+                )
+            table = _parse_json(stream.read(length), str(path))
+    except OSError as error:
+        raise LowRankError(f"{path}: cannot be read: {error}") from error
+    table.pop("__metadata__", None)
+    spans = sorted((_span(path, name, entry), name) for name, entry in table.items())
+    end = _check_no_holes(path, spans)
+    if 8 + length + end != size:
+        raise LowRankError(
+            f"{path}: {size} bytes, but its header of {len(table)} tensors asks for {8 + length + end}",
+            hint=_COPY_AGAIN,
+        )
+    return [
+        TensorHeader(name, table[name]["dtype"], tuple(table[name]["shape"]), file, stop - start)
+        for (start, stop), name in spans
+    ]
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """First and last + 1 byte of a tensor, checked against its dtype and shape."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise LowRankError(f"{path}: tensor {name} has no proper dtype, shape and data_offsets", hint=_COPY_AGAIN)
+    if dtype not in DTYPE_BITS:
+        raise LowRankError(
+            f"{path}: tensor {name} has the unknown dtype {dtype!r}", hint="a newer safetensors may know it"
+        )
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise LowRankError(f"{path}: tensor {name} has the shape {shape}", hint=_COPY_AGAIN)
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if 8 * (stop - start) != bits:
+        raise LowRankError(
+            f"{path}: tensor {name} ({dtype} {shape}) needs {bits / 8:g} bytes, "
+            f"its offsets {start}..{stop} hold {stop - start}",
+            hint=_COPY_AGAIN,
+        )
+    return start, stop
+
+
+def _check_no_holes(path: Path, spans: list[tuple[tuple[int, int], str]]) -> int:
+    """The last byte of the data; every tensor must start where the one before it stopped."""
+    end = 0
+    for (start, stop), name in spans:
+        if start != end:
+            what = "overlaps the tensor before it" if start < end else "leaves a hole before it"
+            raise LowRankError(
+                f"{path}: tensor {name} starts at byte {start}, expected {end}: it {what}", hint=_COPY_AGAIN
+            )
+        end = stop
+    return end
+
+
+def _parse_json(raw: bytes, path: str) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise LowRankError(f"{path}: the name {twice!r} occurs twice", hint=_COPY_AGAIN)
+        return seen
+
+    try:
+        document = json.loads(raw, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise LowRankError(f"{path}: not valid JSON: {error}", hint=_COPY_AGAIN) from error
+    if not isinstance(document, dict):
+        raise LowRankError(f"{path}: a JSON object is expected, found {type(document).__name__}", hint=_COPY_AGAIN)
+    return document
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

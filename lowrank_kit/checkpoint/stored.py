@@ -1,0 +1,189 @@
+"""Where on disk the matrices of a model are.
+
+Names on disk are mostly the names of the parameters, but not always: `gpt2` stores `h.0.attn.c_attn.weight` for
+`transformer.h.0.attn.c_attn.weight`, a mixture of experts stores each expert apart although the model holds one fused
+3-D tensor, and a compressed matrix is two factors. The renaming is transformers' own, the one `from_pretrained` uses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+from lowrank_kit.checkpoint.headers import TensorHeader
+from lowrank_kit.errors import LowRankError
+from lowrank_kit.matrices import Matrix, find_matrices, role_of
+
+# Roles of the two halves of a fused gate_up tensor, in the order in which they are stacked.
+HALVES_OF_GATE_UP = ("gate", "up")
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix and the tensors that hold it on disk.
+
+    Args:
+        matrix: what it is; `matrix.transposed` says how it lies on disk. An expert stored apart from the fused tensor
+            it belongs to is named by its path on disk.
+        tensors: one name, of a 2-D weight or of a fused 3-D tensor of which `matrix.expert` is one slice;
+            or two names (B, A), the factors of a compressed matrix.
+    """
+
+    matrix: Matrix
+    tensors: tuple[str, ...]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether factors are stored instead of the weight."""
+        return len(self.tensors) == 2
+
+    def weight(self, *tensors: Tensor) -> Tensor:
+        """W from the tensors named in `tensors`, given in that order.
+
+        Returns:
+            [out, in]; a view in the dtype on disk, or B A in float64 when factors are stored.
+        """
+        if self.compressed:
+            B, A = tensors
+            return B.double() @ A.double()
+        (stored,) = tensors
+        W = stored[self.matrix.expert] if stored.ndim == 3 else stored
+        return W.mT if self.matrix.transposed else W
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor on disk that belongs to a parameter: the whole of it, or one expert's share of one of its `parts`."""
+
+    header: TensorHeader
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+
+def stored_matrices(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> list[StoredMatrix]:
+    """Find every matrix of a model among the tensors of its checkpoint.
+
+    Args:
+        model: the model, on the meta device.
+        headers: what is on disk.
+
+    Returns:
+        In the order of `find_matrices`; a fused expert that is stored in parts gives one entry for each part.
+
+    Raises:
+        UsageError: the model has no matrix.
+        LowRankError: a matrix is not on disk, or with another shape than the config asks for.
+    """
+    sources = _sources_by_parameter(model, headers)
+    stored: list[StoredMatrix] = []
+    absent: list[str] = []
+    for matrix in find_matrices(model):
+        found = list(_locate(matrix, sources[matrix.parameter], headers))
+        stored += found
+        if not found:
+            absent.append(matrix.name)
+    if absent:
+        raise LowRankError(
+            f"{len(absent)} matrices of {type(model).__name__} have no tensor in the checkpoint, first {absent[0]}",
+            hint="config.json and the safetensors files seem to belong to different models",
+        )
+    return stored
+
+
+def _sources_by_parameter(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> dict[str, list[_Source]]:
+    """Parameter name -> the tensors on disk that fill it, as `from_pretrained` would map them."""
+    parameters = model.state_dict().keys()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    sources: dict[str, list[_Source]] = defaultdict(list)
+    for header in headers.values():
+        renamed = header.name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        for converter in converters:
+            target, pattern = converter.rename_source_key(renamed)
+            target = _with_prefix(target, model.base_model_prefix, parameters)
+            if pattern is not None and target in parameters:
+                expert = _number_at_star(pattern, renamed)
+                part, parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
+                sources[target].append(_Source(header, expert, part, parts))
+                break
+        else:
+            # A renaming meant for another layout of the same family may hit a name that was right already.
+            candidates = (_with_prefix(name, model.base_model_prefix, parameters) for name in (renamed, header.name))
+            target = next((name for name in candidates if name in parameters), header.name)
+            sources[target].append(_Source(header))
+    return sources
+
+
+def _with_prefix(name: str, prefix: str, known: Mapping[str, Tensor] | set[str]) -> str:
+    """`name`, or the name with the base model's prefix added or taken away where that one is known."""
+    if name in known or not prefix:
+        return name
+    added, stripped = f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+    return next((candidate for candidate in (added, stripped) if candidate in known), name)
+
+
+def _number_at_star(pattern: str, name: str) -> int | None:
+    """The number that stands in `name` where a source pattern such as `experts.*.w1.weight` has its star."""
+    match = re.search(pattern.replace("*.", r"(?P<number>\d+)\.", 1), name)
+    return int(match["number"]) if match and "number" in match.groupdict() else None
+
+
+def _locate(matrix: Matrix, sources: list[_Source], headers: Mapping[str, TensorHeader]) -> Iterator[StoredMatrix]:
+    for source in sorted(sources, key=lambda source: source.part):
+        name = source.header.name
+        factors = tuple(f"{name.removesuffix('weight')}{factor}.weight" for factor in "BA")
+        if all(factor in headers for factor in factors):
+            _check_factors(matrix, *(headers[factor] for factor in factors))
+            yield StoredMatrix(replace(matrix, transposed=False), factors)
+        elif source.expert is None:
+            _check_shape(matrix, source.header)
+            yield StoredMatrix(matrix, (name,))
+        elif source.expert == matrix.expert:
+            yield _stored_apart(matrix, source)
+
+
+def _stored_apart(matrix: Matrix, source: _Source) -> StoredMatrix:
+    """One expert's matrix that is a tensor of its own on disk, such as `experts.3.gate_proj.weight`."""
+    path = source.header.name.removesuffix(".weight")
+    if matrix.role == "gate_up" and source.parts == len(HALVES_OF_GATE_UP):
+        role = HALVES_OF_GATE_UP[source.part]
+    else:
+        role = matrix.role if source.parts == 1 else role_of(path.rpartition(".")[2])
+    shape = (matrix.shape[0] // source.parts, matrix.shape[1])
+    # On disk it is an nn.Linear's weight, [out, in], however the fused tensor lies.
+    apart = replace(matrix, name=path, role=role, shape=shape, transposed=source.header.shape == shape[::-1] != shape)
+    _check_shape(replace(apart, expert=None), source.header)
+    return StoredMatrix(apart, (source.header.name,))
+
+
+def _check_shape(matrix: Matrix, header: TensorHeader) -> None:
+    on_disk = header.shape if matrix.expert is None else header.shape[1:]
+    expected = matrix.shape[::-1] if matrix.transposed else matrix.shape
+    if on_disk != expected:
+        raise LowRankError(
+            f"{header.file}: tensor {header.name} has shape {list(header.shape)}, "
+            f"config.json asks for {list(expected)} for matrix {matrix.name}",
+            hint="config.json and the safetensors files seem to belong to different models",
+        )
+
+
+def _check_factors(matrix: Matrix, B: TensorHeader, A: TensorHeader) -> None:
+    rows, columns = matrix.shape
+    rank = A.shape[0] if A.shape else 0
+    if B.shape != (rows, rank) or A.shape != (rank, columns):
+        raise LowRankError(
+            f"factors {B.name} {list(B.shape)} and {A.name} {list(A.shape)} do not make matrix {matrix.name} "
+            f"of shape {list(matrix.shape)}",
+            hint="config.json and the safetensors files seem to belong to different models",
+        )

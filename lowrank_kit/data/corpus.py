@@ -1,0 +1,133 @@
+"""A text source, split by document into a part to train on and a part held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lowrank_kit.data.sources import STDLIB, Document, read_source
+from lowrank_kit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads: no text is on both sides; `sha256` stands for the names and texts of both."""
+
+    source: str
+    train: tuple[Document, ...]
+    heldout: tuple[Document, ...]
+    sha256: str
+
+
+def load_corpus(
+    source: str | None = None, *, heldout_fraction: float = 0.1, seed: int = 0, max_bytes: int | None = None
+) -> Corpus:
+    """Read a source and hold out part of it, by document.
+
+    The documents are put in an order drawn from the seed and their contents: the order they were read in does not
+    matter, equal documents go to the same side, and adding a document moves few others. Held out are those first in
+    that order that fit into the held-out share. If not one fits (a single file, or few large ones), each document is
+    cut in two near the mark, at the end of a paragraph or a line: the beginning is trained on, the end held out.
+
+    Args:
+        source: as in `read_source`.
+        heldout_fraction: share of the bytes to hold out, 0 < f < 1.
+        seed: draws the order.
+        max_bytes: cap on both sides together, shared out in the same proportion, for quick runs. Each side of a
+            capped corpus is part of the same side of the whole one.
+
+    Raises:
+        UsageError: an argument is out of range, the source is empty, or too small to leave text on both sides.
+        LowRankError: the source is damaged (`read_source`).
+    """
+    if not 0 < heldout_fraction < 1:
+        raise UsageError(
+            f"the held-out fraction is between 0 and 1, got {heldout_fraction}", hint="0.1 holds out a tenth"
+        )
+    if max_bytes is not None and max_bytes < 1:
+        raise UsageError(f"max_bytes is at least 1, got {max_bytes}")
+    source = source or STDLIB
+    documents = sorted(read_source(source), key=lambda document: document.name)
+    train, heldout = _split(documents, heldout_fraction, seed)
+    if max_bytes is not None:
+        train = _cap(train, round((1 - heldout_fraction) * max_bytes), seed)
+        heldout = _cap(heldout, round(heldout_fraction * max_bytes), seed)
+    if not train or not heldout:
+        limit = "" if max_bytes is None else f", capped at {max_bytes}"
+        raise UsageError(
+            f"{source} is too small to hold out {heldout_fraction:g} of it: "
+            f"{_num_bytes(documents)} bytes in {len(documents)} documents{limit}",
+            hint="give more text" if max_bytes is None else "give more text, or a higher cap",
+        )
+    return Corpus(source, tuple(train), tuple(heldout), _fingerprint(train, heldout))
+
+
+def _split(documents: Sequence[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
+    heldout_texts = _fitting_texts(documents, fraction * _num_bytes(documents), seed)
+    if heldout_texts:
+        train = [document for document in documents if document.text not in heldout_texts]
+        return train, [document for document in documents if document.text in heldout_texts]
+    halves = [_cut(document.text, round((1 - fraction) * len(document.text))) for document in documents]
+    pairs = list(zip(documents, halves, strict=True))
+    # A line of one document may be the whole end of another: what is trained on is not held out.
+    beginnings = {beginning for beginning, _ in halves}
+    return (
+        [Document(document.name, beginning) for document, (beginning, _) in pairs if beginning.strip()],
+        [Document(document.name, end) for document, (_, end) in pairs if end.strip() and end not in beginnings],
+    )
+
+
+def _cap(documents: Sequence[Document], max_bytes: int, seed: int) -> list[Document]:
+    """The documents that fit, in seeded order; if not one does, the beginning of the first."""
+    if _num_bytes(documents) <= max_bytes:
+        return list(documents)
+    texts = _fitting_texts(documents, max_bytes, seed)
+    if texts:
+        return [document for document in documents if document.text in texts]
+    first = min(documents, key=lambda document: _place(document.text, seed))
+    # Cut in bytes; a character cut through at the end is dropped.
+    beginning = first.text.encode()[:max_bytes].decode(errors="ignore")
+    beginning, _ = _cut(beginning, len(beginning))
+    return [Document(first.name, beginning)] if beginning.strip() else []
+
+
+def _fitting_texts(documents: Sequence[Document], max_bytes: float, seed: int) -> set[str]:
+    """Texts, first in seeded order, whose documents (all that share the text) fit into `max_bytes` together."""
+    sizes: dict[str, int] = {}
+    for document in documents:
+        sizes[document.text] = sizes.get(document.text, 0) + len(document.text.encode())
+    chosen: set[str] = set()
+    room = max_bytes
+    for text in sorted(sizes, key=lambda text: _place(text, seed)):
+        if sizes[text] <= room:
+            chosen.add(text)
+            room -= sizes[text]
+    return chosen
+
+
+def _cut(text: str, mark: int) -> tuple[str, str]:
+    """Cut at the last paragraph, line or word that ends in the tenth before the mark; at the mark if none does."""
+    for separator in ("\n\n", "\n", " "):
+        found = text.rfind(separator, mark * 9 // 10, mark)
+        if found >= 0:
+            mark = found + len(separator)
+            break
+    return text[:mark], text[mark:]
+
+
+def _place(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:".encode() + text.encode()).digest()
+
+
+def _num_bytes(documents: Iterable[Document]) -> int:
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def _fingerprint(train: Sequence[Document], heldout: Sequence[Document]) -> str:
+    digest = hashlib.sha256()
+    for side, documents in (("train", train), ("heldout", heldout)):
+        for document in documents:
+            text_hash = hashlib.sha256(document.text.encode()).hexdigest()
+            digest.update(f"{side}\t{document.name}\t{text_hash}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_kit.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PNG_DPI = 150
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when the block ends without an error.
+
+    Args:
+        path: a folder that does not exist yet, or is empty.
+
+    Yields:
+        A temporary folder beside it; moved to `path` at the end, removed on an error.
+
+    Raises:
+        UsageError: the path is taken.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, a folder is wanted", hint="choose another output folder")
+    if path.is_dir() and (count := sum(1 for _ in path.iterdir())):
+        raise UsageError(f"{path}: the output folder is not empty ({count} entries)", hint="choose a new folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.is_dir():  # keep the folder itself: somebody may stand in it
+            for entry in temporary.iterdir():
+                entry.replace(path / entry.name)
+        else:
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text."""
+    _write_bytes(Path(path), text.encode())
+
+
+def json_text(document: Mapping[str, Any], *, schema_version: int = 1) -> str:
+    """A JSON object with its `schema_version` first. NaN and Inf, which JSON does not have, become null."""
+    return json.dumps(finite({"schema_version": schema_version, **document}), indent=1, allow_nan=False) + "\n"
+
+
+def write_json(path: Path | str, document: Mapping[str, Any], *, schema_version: int = 1) -> None:
+    """Write what `json_text` makes of a document."""
+    write_text(path, json_text(document, schema_version=schema_version))
+
+
+def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write rows as CSV with a heading; the columns of the first row when none are named; None is an empty cell."""
+    if columns is None:
+        columns = list(rows[0]) if rows else []
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def write_png(path: Path | str, figure: Figure) -> None:
+    """Draw a figure; no display is needed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=PNG_DPI)
+    _write_bytes(Path(path), buffer.getvalue())
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it, at any depth: NaN and Inf become None, paths become text."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case Path():
+            return str(value)
+        case _:
+            return value
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,303 @@
+"""Pictures of numbers. Each function takes plain data and returns a figure; `files.write_png` writes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
+
+from lowrank_kit.report.style import DIVERGING, FAINT, INK, MARKERS, SEQUENTIAL, colours, styled
+
+# Values below this share of the largest are rounding noise of a float64 decomposition of bf16 or fp32 weights.
+DECAY_FLOOR = 1e-7
+
+DECAY_X = r"$i\,/\,\min(m, n)$"
+DECAY_Y = r"$\sigma_i\,/\,\sigma_1$"
+
+Curve = tuple[int | None, ArrayLike]
+
+
+def decay_plot(curves: Mapping[str, Sequence[Curve]], title: str = "Decay of the singular values") -> Figure:
+    """sigma_i / sigma_1 (log) against i / min(m, n): one panel for each role, one line for each matrix.
+
+    Args:
+        curves: role -> (block, singular values descending); the colour is the block, grey where it is None.
+        title: heading of the picture.
+    """
+    blocks = [block for lines in curves.values() for block, _ in lines if block is not None]
+    depth = Normalize(min(blocks, default=0), max(blocks, default=0) or 1)
+    with styled():
+        figure, panels = _panels(list(curves), title)
+        palette = _colormap(SEQUENTIAL)
+        for (role, lines), panel in zip(curves.items(), panels, strict=True):
+            alpha = 0.9 if len(lines) <= 40 else 0.35  # experts: many lines for one block
+            for block, values in lines:
+                colour = FAINT if block is None else palette(0.92 * depth(block))
+                panel.plot(*_decay(values), color=colour, alpha=alpha, linewidth=1.2)
+            panel.set_title(role)
+        _decay_axes(panels)
+        if len(set(blocks)) > 1:
+            shown = ScalarMappable(depth, palette)
+            bar = figure.colorbar(shown, ax=list(panels), label="block", aspect=30, pad=0.015)
+            bar.locator = MaxNLocator(integer=True, nbins=8)
+            bar.outline.set_visible(False)
+    return figure
+
+
+def decay_bands_plot(
+    models: Mapping[str, Mapping[str, Sequence[ArrayLike]]], title: str = "Decay of the singular values"
+) -> Figure:
+    """Several models side by side: one panel for each role, the median over matrices as a line, all within a band.
+
+    Args:
+        models: model -> role -> singular values of its matrices, each descending.
+        title: heading of the picture.
+    """
+    roles = list(dict.fromkeys(role for model in models.values() for role in model))
+    colour = colours(tuple(models))
+    grid = np.linspace(0, 1, 201)[1:]
+    with styled():
+        figure, panels = _panels(roles, title)
+        for role, panel in zip(roles, panels, strict=True):
+            for name, model in models.items():
+                lines = [np.interp(grid, *_decay(values)) for values in model.get(role, ())]
+                if not lines:
+                    continue
+                low, middle, high = np.percentile(lines, (0, 50, 100), axis=0)
+                panel.fill_between(grid, low, high, color=colour[name], alpha=0.15, linewidth=0)
+                panel.plot(grid, middle, color=colour[name])
+            panel.set_title(role)
+        _decay_axes(panels)
+        handles = [Line2D([], [], color=colour[name], label=name) for name in models]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    return figure
+
+
+def heatmap_plot(
+    values: ArrayLike,
+    blocks: Sequence[str],
+    roles: Sequence[str],
+    *,
+    title: str,
+    label: str,
+    limits: tuple[float, float] | None = None,
+    diverging: bool = False,
+) -> Figure:
+    """A map of one number over block and role, with the numbers in the cells while they fit.
+
+    Args:
+        values: [len(roles), len(blocks)]; NaN where a block has no such role.
+        blocks: labels of the columns.
+        roles: labels of the rows.
+        title: heading of the picture.
+        label: what the colour means, with its formula.
+        limits: ends of the colour scale; the least and the largest value when None.
+        diverging: the sign matters: white at 0, one colour on each side.
+    """
+    numbers = np.asarray(values, dtype=float)
+    low, high = limits or _limits(numbers, diverging)
+    norm = TwoSlopeNorm(0, low, high) if diverging else Normalize(low, high)
+    written = len(blocks) <= 24
+    with styled():
+        width = 2.6 + len(blocks) * (0.46 if written else 0.16)
+        figure = Figure(figsize=(max(5.6, min(width, 16)), 1.7 + 0.4 * len(roles)))
+        axes = figure.subplots()
+        palette = _colormap(DIVERGING if diverging else SEQUENTIAL)
+        palette.set_bad("#EFEFEF")
+        image = axes.imshow(np.ma.masked_invalid(numbers), cmap=palette, norm=norm, aspect="auto")
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        step = max(1, math.ceil(len(blocks) / 40))
+        axes.set_xticks(range(0, len(blocks), step), blocks[::step])
+        axes.set_yticks(range(len(roles)), roles)
+        axes.set_xlabel("block")
+        axes.set_title(title, loc="left", pad=10)
+        if written:
+            _write_cells(axes, numbers, norm, palette, signed=diverging)
+        bar = figure.colorbar(image, ax=axes, label=label, aspect=18, pad=0.02)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def pareto_plot(
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_y: bool = False,
+    marked: str = "dense",
+) -> Figure:
+    """Quality against size, lower is better on both: one line for each series, and the front of all of them.
+
+    Args:
+        series: name -> (x, y, label of the point). Points whose y is not finite are left out.
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+        title: heading of the picture.
+        log_y: logarithmic y axis.
+        marked: points with this label get a ring, such as the uncompressed models.
+    """
+    finite = {name: sorted(p for p in points if math.isfinite(p[1])) for name, points in series.items()}
+    colour = colours(tuple(series))
+    with styled():
+        figure = Figure(figsize=(7.6, 4.8))
+        axes = figure.subplots()
+        front = _front([point for points in finite.values() for point in points])
+        axes.plot(*zip(*front, strict=True), color=FAINT, linewidth=5, alpha=0.28, solid_capstyle="round", zorder=1)
+        for marker, (name, points) in zip(_cycle(MARKERS, len(finite)), finite.items(), strict=True):
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            axes.plot(x, y, color=colour[name], marker=marker, markeredgecolor="white", markeredgewidth=0.8, label=name)
+            rings = [p for p in points if p[2] == marked]
+            axes.scatter(
+                [p[0] for p in rings],
+                [p[1] for p in rings],
+                s=150,
+                facecolors="none",
+                edgecolors=colour[name],
+                zorder=3,
+            )
+        if log_y:
+            _log_axis(axes)
+        axes.margins(x=0.05, y=0.08)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(title, loc="left", pad=10)
+        handles, _ = axes.get_legend_handles_labels()
+        if any(p[2] == marked for points in finite.values() for p in points):
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    linestyle="none",
+                    marker="o",
+                    markersize=11,
+                    markeredgecolor=INK,
+                    markerfacecolor="none",
+                    label=marked,
+                )
+            )
+        handles.append(Line2D([], [], color=FAINT, linewidth=5, alpha=0.28, label="best of all"))
+        figure.legend(handles=handles, loc="outside right upper", labelspacing=0.8)
+    return figure
+
+
+def bars_plot(values: Mapping[str, Mapping[str, float]], *, y_label: str, title: str) -> Figure:
+    """Groups of bars, such as the effective rank of each role in several models.
+
+    Args:
+        values: series (one colour each) -> group on the x axis -> height; a group may be absent from a series.
+        y_label: what the height is, with its formula.
+        title: heading of the picture.
+    """
+    groups = list(dict.fromkeys(group for heights in values.values() for group in heights))
+    colour = colours(tuple(values))
+    thickness = 0.82 / max(1, len(values))
+    with styled():
+        figure = Figure(figsize=(max(6.0, 1.6 + 0.22 * len(groups) * (len(values) + 1.2)), 4.0))
+        axes = figure.subplots()
+        for i, (name, heights) in enumerate(values.items()):
+            at = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * thickness
+            axes.bar(
+                at, [heights.get(group, math.nan) for group in groups], thickness * 0.94, color=colour[name], label=name
+            )
+        axes.grid(axis="x", visible=False)
+        axes.tick_params(axis="x", length=0)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(y_label)
+        axes.set_title(title, loc="left", pad=10)
+        figure.legend(loc="outside lower center", ncols=min(4, len(values)))
+    return figure
+
+
+def _panels(roles: list[str], title: str) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel for each role, at most four in a row."""
+    columns = min(4, max(1, len(roles)))
+    rows = max(1, math.ceil(len(roles) / columns))
+    figure = Figure(figsize=(1.4 + 2.7 * columns, 1.0 + 2.3 * rows))
+    figure.suptitle(title, x=0.01, ha="left")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel().tolist()
+    for empty in panels[len(roles) :]:
+        empty.remove()
+    return figure, panels[: len(roles)]
+
+
+def _decay(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """x = i / min(m, n) from 1 on, y = sigma_i / sigma_1, cut where it is numerically zero."""
+    s = np.asarray(values, dtype=float)
+    x = np.arange(1, len(s) + 1) / len(s)
+    y = s / s[0] if s[0] > 0 else np.zeros_like(s)
+    return x, np.where(y >= DECAY_FLOOR, y, np.nan)
+
+
+def _decay_axes(panels: Sequence[Axes]) -> None:
+    for panel in panels:
+        panel.set_yscale("log")
+        panel.set_xlim(0, 1)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        spec = panel.get_subplotspec()
+        panel.set_ylabel(DECAY_Y if spec is None or spec.is_first_col() else "")
+    columns = max((spec.colspan.stop for panel in panels if (spec := panel.get_subplotspec())), default=1)
+    for panel in panels[-columns:]:  # the lowest of each column
+        panel.set_xlabel(DECAY_X)
+        panel.tick_params(labelbottom=True)
+
+
+def _write_cells(axes: Axes, numbers: np.ndarray, norm: Normalize, palette: Colormap, *, signed: bool) -> None:
+    for (row, column), number in np.ndenumerate(numbers):
+        if not math.isfinite(number):
+            continue
+        red, green, blue, _ = palette(norm(number))
+        # Rec. 709 luma: dark text on light cells and light text on dark ones.
+        light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
+        text = f"{number:+.2f}" if signed else f"{number:.2f}"
+        text = text.replace("0.", ".", 1)
+        axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=INK if light else "white")
+
+
+def _limits(numbers: np.ndarray, diverging: bool) -> tuple[float, float]:
+    shown = numbers[np.isfinite(numbers)]
+    if shown.size == 0:
+        return (-1.0, 1.0) if diverging else (0.0, 1.0)
+    if diverging:
+        reach = float(np.abs(shown).max()) or 1.0
+        return -reach, reach
+    return float(shown.min()), float(shown.max())
+
+
+def _log_axis(axes: Axes) -> None:
+    """A log axis whose ticks read as plain numbers, also when it spans less than a decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _front(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
+    """The points no other point beats in both x and y, as the corners of a staircase."""
+    corners: list[tuple[float, float]] = []
+    for x, y, _ in sorted(points):
+        if not corners:
+            corners.append((x, y))
+        elif y < corners[-1][1]:
+            corners += [(x, corners[-1][1]), (x, y)]
+    return corners
+
+
+def _cycle(items: Sequence[str], count: int) -> list[str]:
+    return [items[i % len(items)] for i in range(count)]
+
+
+def _colormap(name: str) -> Colormap:
+    return matplotlib.colormaps[name].copy()

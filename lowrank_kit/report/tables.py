@@ -1,0 +1,91 @@
+"""Rows in, aligned text or Markdown out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+Columns = Sequence[str] | Mapping[str, str]
+
+MISSING = "-"
+
+
+def text_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
+    """An aligned table in plain text: headings, a rule, one line for each row.
+
+    Args:
+        rows: key -> value; a key that is absent or None prints as "-".
+        columns: keys in order, or key -> heading; all keys of all rows when None.
+
+    Returns:
+        Lines without a trailing newline. Numbers are right-aligned, a column of floats has one number of decimals.
+    """
+    keys, headings = _columns(rows, columns)
+    cells = {key: format_column([row.get(key) for row in rows]) for key in keys}
+    right = {key: _is_numeric(rows, key) for key in keys}
+    widths = {key: max(len(heading), *map(len, cells[key]), 0) for key, heading in zip(keys, headings, strict=True)}
+
+    def line(values: list[str]) -> str:
+        padded = (
+            value.rjust(widths[key]) if right[key] else value.ljust(widths[key])
+            for key, value in zip(keys, values, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    body = [line([cells[key][i] for key in keys]) for i in range(len(rows))]
+    return "\n".join([line(headings), "  ".join("-" * widths[key] for key in keys), *body])
+
+
+def markdown_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
+    """The same table in GitHub's Markdown."""
+    keys, headings = _columns(rows, columns)
+    cells = {key: format_column([row.get(key) for row in rows]) for key in keys}
+    rule = ["---:" if _is_numeric(rows, key) else "---" for key in keys]
+    lines = [headings, rule, *([cells[key][i] for key in keys] for i in range(len(rows)))]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+
+
+def format_column(values: Sequence[Any]) -> list[str]:
+    """Format the values of one column alike.
+
+    Floats get the decimals with which the largest has four significant digits (three below 1); what would then round
+    to zero keeps two significant digits of its own. Whole numbers get thousands separators.
+    """
+    floats = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value)]
+    largest = max(floats, default=0.0)
+    decimals = 0
+    if largest > 0:
+        decimals = max(0, (3 if largest >= 1 else 2) - math.floor(math.log10(largest)))
+    return [_format(value, decimals) for value in values]
+
+
+def _format(value: Any, decimals: int) -> str:
+    match value:
+        case None:
+            return MISSING
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float() if not math.isfinite(value):
+            return str(value)
+        case float():
+            text = f"{value:,.{decimals}f}"
+            return f"{value:.2g}" if value and not text.strip("-0.,") else text
+        case _:
+            return str(value)
+
+
+def _columns(rows: Sequence[Row], columns: Columns | None) -> tuple[list[str], list[str]]:
+    if columns is None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+    if isinstance(columns, Mapping):
+        return list(columns), list(columns.values())
+    return list(columns), list(columns)
+
+
+def _is_numeric(rows: Sequence[Row], key: str) -> bool:
+    values = [row.get(key) for row in rows if row.get(key) is not None]
+    return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

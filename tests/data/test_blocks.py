@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast, default_data_collator
+
+from lowrank_kit.data.blocks import TokenBlocks, token_blocks
+from lowrank_kit.data.sources import Document
+from lowrank_kit.errors import UsageError
+
+
+@pytest.fixture
+def documents(tiny_texts: list[str]) -> list[Document]:
+    return [Document(str(index), text) for index, text in enumerate(tiny_texts)]
+
+
+def test_documents_are_joined_with_the_end_of_text_and_cut(
+    documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    blocks = token_blocks(documents, tiny_tokenizer, 16)
+    tokens = [tiny_tokenizer.encode(document.text) for document in documents]
+    row = [token for ids in tokens for token in [*ids, tiny_tokenizer.eos_token_id]]
+    assert blocks.ids.dtype == torch.int32
+    assert blocks.ids.flatten().tolist() == row[: len(row) // 16 * 16]
+    assert (len(blocks), blocks.block_tokens, blocks.num_tokens) == (len(row) // 16, 16, len(row) // 16 * 16)
+    num_bytes = sum(len(document.text.encode()) for document in documents)
+    assert blocks.bytes_per_token == num_bytes / sum(map(len, tokens))
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    texts=st.lists(st.text(max_size=40), min_size=1, max_size=8),
+    block_tokens=st.integers(2, 7),
+)
+def test_no_token_is_lost_but_the_last_few(
+    tiny_tokenizer: PreTrainedTokenizerFast, texts: list[str], block_tokens: int
+) -> None:
+    row = "".join(text + tiny_tokenizer.eos_token for text in texts if text)
+    try:
+        blocks = token_blocks([Document("", text) for text in texts], tiny_tokenizer, block_tokens)
+    except UsageError:
+        assert len(tiny_tokenizer.encode(row)) < block_tokens
+        return
+    ids = blocks.ids.flatten().tolist()
+    assert tiny_tokenizer.encode(row)[: len(ids)] == ids
+    assert 0 <= len(tiny_tokenizer.encode(row)) - len(ids) < block_tokens
+    assert math.isfinite(blocks.bytes_per_token)
+
+
+def test_items_go_through_the_collator_of_transformers(
+    documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    blocks = token_blocks(documents, tiny_tokenizer, 16)
+    batch = default_data_collator([blocks[0], blocks[1]])
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert torch.equal(batch["input_ids"], blocks.ids[:2].long())
+    assert torch.equal(batch["labels"], batch["input_ids"])
+
+
+def test_a_seeded_choice_of_blocks_keeps_their_order(
+    documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    whole = token_blocks(documents, tiny_tokenizer, 8)
+    some = token_blocks(documents, tiny_tokenizer, 8, max_blocks=9)
+    rows = [tuple(block) for block in whole.ids.tolist()]
+    places = [rows.index(tuple(block)) for block in some.ids.tolist()]
+    assert len(places) == 9
+    assert places == sorted(places)
+    assert places != list(range(9))
+    assert token_blocks(documents, tiny_tokenizer, 8, max_blocks=9).sha256 == some.sha256
+    assert token_blocks(documents, tiny_tokenizer, 8, max_blocks=9, seed=1).sha256 != some.sha256
+    assert some.bytes_per_token == whole.bytes_per_token
+    assert token_blocks(documents, tiny_tokenizer, 8, max_blocks=10**6).sha256 == whole.sha256
+
+
+def test_the_hash_is_of_shape_and_ids() -> None:
+    ids = torch.arange(6, dtype=torch.int32)
+    blocks = TokenBlocks(ids.view(2, 3), 1.0)
+    assert blocks.sha256 == hashlib.sha256(b"2x3:" + np.arange(6, dtype="<i4").tobytes()).hexdigest()
+    assert TokenBlocks(ids.view(3, 2), 1.0).sha256 != blocks.sha256
+
+
+def test_a_tokenizer_without_an_end_of_text_joins_with_nothing(
+    documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    blocks = token_blocks(documents, bare, 16)
+    row = [token for document in documents for token in tiny_tokenizer.encode(document.text)]
+    assert blocks.ids.flatten().tolist() == row[: len(row) // 16 * 16]
+
+
+def test_documents_longer_than_the_context_give_no_warning(
+    documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny_tokenizer.model_max_length == 128
+    long = Document("long", documents[0].text * 20)
+    tiny_tokenizer.deprecation_warnings.clear()
+    token_blocks([long], tiny_tokenizer, 16)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fewer_tokens_than_one_block(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="the text has 3 tokens, fewer than one block of 16") as caught:
+        token_blocks([Document("a", "zq")], tiny_tokenizer, 16)
+    assert caught.value.hint is not None
+    with pytest.raises(UsageError, match="the text has 0 tokens"):
+        token_blocks([], tiny_tokenizer, 16)
+    with pytest.raises(UsageError, match="the text has 0 tokens"):
+        token_blocks([Document("empty", "")] * 40, tiny_tokenizer, 16)
+
+
+def test_arguments_out_of_range(documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="at least 2 tokens, got 1"):
+        token_blocks(documents, tiny_tokenizer, 1)
+    with pytest.raises(UsageError, match="max_blocks is at least 1, got 0"):
+        token_blocks(documents, tiny_tokenizer, 8, max_blocks=0)

@@ -4,8 +4,7 @@
     python evals/make_cloze.py --text my.jsonl -o tasks --name my_cloze
     lowrank eval MODEL --tasks my_cloze --include-path tasks
 
-The split is that of `lowrank train` for the same source, held-out fraction and seed: no question is from text that such
-a model was trained on.
+The split is that of `lowrank train` for the same source: no question is from text that such a model was trained on.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ def main() -> int:
         default=320,
         help="characters of context at most (default: %(default)s)",
     )
-    parser.add_argument("--heldout-fraction", metavar="F", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the questions (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions (default: %(default)s)")
     arguments = parser.parse_args()
     try:
-        corpus = load_corpus(arguments.text, heldout_fraction=arguments.heldout_fraction, seed=arguments.seed)
+        corpus = load_corpus(arguments.text)
         rows = make_cloze(
             corpus.heldout, num_items=arguments.items, seed=arguments.seed, context_chars=arguments.context_chars
         )

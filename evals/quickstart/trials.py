@@ -1,0 +1,143 @@
+"""Trials behind the quickstart's settings: one model per line of TRIALS, compressed to four sizes and scored.
+
+    python evals/quickstart/trials.py                 # run what is missing in results.json, then print the table
+    python evals/quickstart/trials.py --table         # only print the table
+
+The quickstart reports perplexity on the held-out part of the corpus, so nothing here sees that part: the trials train
+on, and are scored on, a split of the corpus' training part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.compression.run import calibrate, compress
+from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.data.corpus import load_corpus
+from lowrank_kit.data.tokenizer import train_tokenizer
+from lowrank_kit.evaluation.run import EvalSettings, score
+from lowrank_kit.quickstart import KEEPS, SIZES, Size
+from lowrank_kit.report.environment import environment
+from lowrank_kit.report.files import write_json, write_text
+from lowrank_kit.report.tables import markdown_table
+from lowrank_kit.spectra.measure import measure
+from lowrank_kit.training.run import train
+from lowrank_kit.training.settings import TrainSettings
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+
+TRIALS: list[dict[str, Any]] = [
+    {"optimizer": "adamw", "lr": 2e-3},
+    {"optimizer": "adamw", "lr": 4e-3},
+    {"optimizer": "adamw", "lr": 8e-3},
+    {"optimizer": "muon", "lr": 4e-3},
+    {"optimizer": "muon", "lr": 8e-3},
+    {"optimizer": "numuon", "lr": 8e-3, "rank": "fixed:0.5"},
+    {"optimizer": "numuon", "lr": 8e-3, "rank": "fixed:0.25"},
+    {"optimizer": "numuon", "lr": 12e-3, "rank": "fixed:0.25"},
+    {"optimizer": "numuon", "lr": 12e-3, "rank": "fixed:0.125"},
+    {"optimizer": "numuon", "lr": 8e-3, "rank": "cosine:1:0.25"},
+    {"optimizer": "numuon", "lr": 8e-3, "rank": "piecewise:0.5@0,0.125@0.3"},
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print the table and run nothing")
+    arguments = parser.parse_args()
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"trials": []}
+    if not arguments.table:
+        with tempfile.TemporaryDirectory() as scratch:
+            _run_missing(document, arguments.size, arguments.seed, Path(scratch))
+    rows = [_row(trial) for trial in document["trials"]]
+    write_text(HERE / "trials.md", markdown_table(rows) + "\n")
+    print(markdown_table(rows))
+
+
+def _run_missing(document: dict[str, Any], size_name: str, seed: int, scratch: Path) -> None:
+    size = SIZES[size_name]
+    text = scratch / "train.jsonl"
+    corpus = load_corpus(max_bytes=size.max_bytes)
+    text.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in corpus.train))
+    inner = load_corpus(str(text))
+    tokenizer = train_tokenizer((d.text for d in inner.train), size.vocab_size, size.block_tokens)
+    tokenizer.save_pretrained(scratch / "tokenizer")
+    (scratch / "model-config.json").write_text(
+        json.dumps({"model_type": "llama", "tie_word_embeddings": True, **size.shape})
+    )
+    for index, trial in enumerate(TRIALS):
+        key = {"size": size_name, "seed": seed, **trial}
+        if any(done["trial"] == key for done in document["trials"]):
+            continue
+        found = _run(key, trial, size, scratch / f"{index}", text, seed)
+        document["trials"].append(found)
+        write_json(RESULTS, document)
+
+
+def _run(key: dict[str, Any], trial: dict[str, Any], size: Size, folder: Path, text: Path, seed: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    settings = TrainSettings(
+        model_config=str(folder.parent / "model-config.json"),
+        tokenizer=str(folder.parent / "tokenizer"),
+        text=str(text),
+        steps=size.steps,
+        batch_size=size.batch_size,
+        block_tokens=size.block_tokens,
+        eval_blocks=size.eval_blocks,
+        seed=seed,
+        **trial,
+    )
+    train(settings, folder)
+    seconds = time.perf_counter() - started
+    perplexity = {"dense": _perplexity(folder, text, size, seed)}
+    calibration = None
+    for keep in KEEPS:
+        compressing = CompressSettings(
+            keep=keep, text=str(text), calibration_blocks=size.calibration_blocks, block_tokens=size.block_tokens
+        )
+        calibration = calibration or calibrate(Checkpoint.open(folder), compressing)
+        output = folder.with_name(f"{folder.name}-{keep}")
+        compress(folder, output, compressing, calibration=calibration)
+        perplexity[f"{keep:g}"] = _perplexity(output, text, size, seed)
+    return {
+        "trial": key,
+        "perplexity": perplexity,
+        "effective_rank_share": measure(Checkpoint.open(folder), progress=False).overall().effective_rank_share,
+        "train_seconds": round(seconds, 1),
+        "environment": environment(),
+    }
+
+
+def _perplexity(folder: Path, text: Path, size: Size, seed: int) -> float:
+    settings = EvalSettings(text=str(text), part="heldout", blocks=size.eval_blocks, block_tokens=size.block_tokens)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return score(model, tokenizer, load_corpus(str(text)).heldout, settings)["perplexity"]
+
+
+def _row(found: dict[str, Any]) -> dict[str, Any]:
+    trial = found["trial"]
+    scores = {key: round(value, 1) for key, value in found["perplexity"].items()}
+    return {
+        "size": trial["size"],
+        "optimizer": trial["optimizer"],
+        "lr": f"{trial['lr']:g}",
+        "rank": trial.get("rank"),
+        **scores,
+        "effective rank": round(found["effective_rank_share"], 2),
+        "train s": round(found["train_seconds"]),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Every example runs, and does what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_has_a_test() -> None:
+    tested = {"numuon_loop", "compress_and_load"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
+
+
+def test_numuon_in_a_plain_loop() -> None:
+    losses = load("numuon_loop").main()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_compress_and_load(tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = load("compress_and_load").main(str(tiny_llama_folder), str(tmp_path / "half"))
+    assert text.startswith("def main(")
+    assert "of the matrices" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from .output import check_new_folder, emit
 @click.option("--calibration-blocks", type=int, default=128, show_default=True, help="Sequences of calibration text.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
+@click.option("--max-bytes", type=int, default=None, help="Most bytes of text to take.")
 @click.option("--max-shard-bytes", type=int, default=5 * 10**9, show_default=True, help="Most bytes of a file.")
 @click.option(
     "--dtype",
@@ -37,9 +38,10 @@ from .output import check_new_folder, emit
 def command(
     model: str, output: Path | None, dry_run: bool, device: str, dtype: str, as_json: bool, verbosity: int, **given: Any
 ) -> None:
-    """Factorize the matrices of MODEL (a folder or a hub name) into two thin factors each.
+    """Factorize a model's matrices to a target size.
 
-    The result is a Hugging Face folder that from_pretrained loads after `import lowrank_kit`.
+    Each matrix of MODEL (a folder or a hub name) becomes two thin factors. The result is a Hugging Face folder that
+    from_pretrained loads after `import lowrank_kit`.
     """
     from lowrank_kit.errors import UsageError
 

@@ -40,7 +40,10 @@ def command(
     verbosity: int,
     **given: Any,
 ) -> None:
-    """Score models, dense or compressed, on the same text and lm-eval tasks; one row each."""
+    """Score models, dense or compressed, side by side.
+
+    All on the same text and lm-eval tasks, one row each; MODEL is a folder or a hub name.
+    """
     from lowrank_kit.config import to_dict
     from lowrank_kit.evaluation.run import EvalSettings, evaluate
     from lowrank_kit.report.environment import environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,37 +52,49 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 def command(
     context: click.Context, output: Path, resume: bool, device: str, as_json: bool, config: Path | None, **_: Any
 ) -> None:
-    """Pretrain from --model-config, or fine-tune MODEL, on a text source; writes a Hugging Face folder.
+    """Pretrain or fine-tune a model so that its matrices end up near low rank.
+
+    Trains from --model-config, or MODEL (a folder or a hub name), on a text source; writes a Hugging Face folder.
 
     A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from 80 % on) or
     piecewise:1@0,0.5@0.3.
     """
     from lowrank_kit.config import load_settings
-    from lowrank_kit.training.run import stored_settings, train
+    from lowrank_kit.training.run import RUN_FILE, stored_settings, train
     from lowrank_kit.training.settings import TrainSettings
 
     given = {name: value for name, value in given_parameters(context).items() if name not in NOT_SETTINGS}
-    if resume:
+    if not resume:
+        check_new_folder(output)
+    elif config is None:
         # Resuming asks for the settings of the run, and for nothing else to be spelled out again.
         given = {**stored_settings(output), **given}
-    else:
-        check_new_folder(output)
     settings = load_settings(TrainSettings, config, given)
-    record = train(settings, output, resume=resume, device=device)
+    try:
+        record = train(settings, output, resume=resume, device=device)
+    except KeyboardInterrupt as stop:
+        if settings.save_every and (output / RUN_FILE).exists():
+            stop.add_note(f"lowrank train --resume -o {shlex.quote(str(output))}")
+        raise
     emit(record, _text(record, output), as_json)
 
 
 def _text(record: dict[str, Any], output: Path) -> str:
     import math
 
-    loss = record["validation_loss"]
+    loss, settings = record["validation_loss"], record["settings"]
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # a float64 ends at exp(709)
     share = record["matrix_parameters"] / record["parameters"]
+    # On the same text, in blocks that the model has the context for.
+    text = "" if settings["text"] is None else f" --text {shlex.quote(settings['text'])}"
+    folder, half = shlex.quote(str(output)), shlex.quote(f"{output}-half")
+    options = f"--keep 0.5{text} --block-tokens {settings['block_tokens']}"
     return "\n".join(
         [
             f"trained {record['parameters']:,} parameters, {share:.0%} of them in matrices, "
             f"for {record['step']} steps of {record['step_tokens']:,} tokens",
-            f"validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
+            f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.2f}",
             f"wrote {output}",
-            f"next: lowrank compress {output} --keep 0.5 -o {output}-half",
+            f"next: lowrank compress {folder} {options} -o {half}",
         ]
     )

@@ -115,17 +115,15 @@ def input_key(owner: str, role: str, name: str) -> str:
 
 
 def _embeddings(model: nn.Module) -> set[int]:
-    """Ids of the modules that are the input and output embeddings, and of linear layers tied to them."""
+    """Ids of the input and output embeddings, and of every module tied to them by its weight."""
     ends = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             ends.append(getattr(model, getter)())
         except (AttributeError, NotImplementedError):
             continue
-    ends = [end for end in ends if end is not None]
-    weights = {id(end.weight) for end in ends if hasattr(end, "weight")}
-    tied = [m for m in model.modules() if id(getattr(m, "weight", None)) in weights]
-    return {id(m) for m in [*ends, *tied]}
+    weights = {id(end.weight) for end in ends if getattr(end, "weight", None) is not None}
+    return {id(module) for module in model.modules() if id(getattr(module, "weight", None)) in weights}
 
 
 def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], model: nn.Module) -> Iterator[Matrix]:
@@ -183,7 +181,9 @@ def _is_router(out_features: int, parent: nn.Module) -> bool:
     for sibling in parent.children():
         if isinstance(sibling, nn.ModuleList) and len(sibling) == out_features:
             return True
-        if any(p.ndim == 3 and p.shape[0] == out_features for p in sibling.parameters(recurse=False)):
+        # By role: the weight of a depthwise convolution beside a matrix is 3-D too.
+        fused = [p for leaf, p in sibling.named_parameters(recurse=False) if role_of(leaf) in EXPERT_ROLES]
+        if any(p.ndim == 3 and p.shape[0] == out_features for p in fused):
             return True
     return False
 

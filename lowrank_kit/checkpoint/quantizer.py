@@ -49,9 +49,9 @@ class LowRankConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **extra: Any,
     ) -> None:
-        if format_version > FORMAT_VERSION:
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise LowRankError(
-                f"the checkpoint has format version {format_version}, this lowrank-kit reads up to {FORMAT_VERSION}",
+                f"the checkpoint has format version {format_version!r}, this lowrank-kit reads up to {FORMAT_VERSION}",
                 hint="pip install --upgrade lowrank-kit",
             )
         self.quant_method = quant_method

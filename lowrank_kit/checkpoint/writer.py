@@ -16,6 +16,11 @@ from lowrank_kit.checkpoint.headers import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, 
 METADATA = {"format": "pt"}
 # What transformers' save_pretrained takes.
 MAX_SHARD_BYTES = 5 * 10**9
+# From last to first in a file: the order of `Dtype` in safetensors/src/tensor.rs, which sorts by it and then by name.
+DTYPE_ORDER = (
+    *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 def shard_bytes(headers: Iterable[TensorHeader]) -> int:
     """Size of the safetensors file that `save_file` makes of these tensors.
 
-    Eight bytes of length, a compact JSON header padded with spaces to a multiple of eight, the tensors. The order in
-    the file is by falling number of bits, then by name, as the safetensors library sorts it.
+    Eight bytes of length, a compact JSON header padded with spaces to a multiple of eight, the tensors. Their order
+    counts, for the number of digits of the offsets in the header.
     """
-    ordered = sorted(headers, key=lambda h: (-DTYPE_BITS[h.dtype], h.name))
+    ordered = sorted(headers, key=lambda h: (-DTYPE_ORDER.index(h.dtype), h.name))
     document: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
     for header in ordered:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.checkpoint.card import compressed_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, Checkpoint
+from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import FORMAT_VERSION, QUANT_METHOD
 from lowrank_kit.checkpoint.writer import Shard, write_shards
 from lowrank_kit.compression.objectives import OBJECTIVES
@@ -24,19 +24,44 @@ from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import input_grams
 from lowrank_kit.data.blocks import TokenBlocks, token_blocks
 from lowrank_kit.data.corpus import load_corpus
-from lowrank_kit.device import resolve_device
-from lowrank_kit.errors import LowRankError, UsageError
+from lowrank_kit.device import resolve_device, resolve_dtype
+from lowrank_kit.errors import LowRankError
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import new_folder, write_json, write_text
 
 REPORT_FILE = "compression.json"
 # Files of a model folder that are not made anew: tokenizer, generation settings, chat template.
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-NOT_COPIED = (CONFIG_FILE, REPORT_FILE, "run.json", "model.safetensors.index.json")
+NOT_COPIED = (CONFIG_FILE, REPORT_FILE, "run.json")
+# Indices of the source's shards, in whatever format.
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Grams of the inputs of a model on calibration text; serves any keep.
+
+    Args:
+        model: folder of the model.
+        blocks: the text.
+        grams: `Matrix.shares_input` -> Gram.
+        source: name of the text source.
+    """
+
+    model: Path
+    blocks: TokenBlocks
+    grams: dict[str, Tensor]
+    source: str
 
 
 def compress(
-    model: str | Path, output: str | Path, settings: CompressSettings, *, device: str = "auto", dtype: str = "float32"
+    model: str | Path,
+    output: str | Path,
+    settings: CompressSettings,
+    *,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Factorize the matrices of a checkpoint and write the compressed folder.
 
@@ -44,6 +69,7 @@ def compress(
         model: a folder, or the name of a model on the hub; dense.
         output: folder to make; appears whole or not at all.
         settings: see `CompressSettings`.
+        calibration: from `calibrate` with this model; None runs it if the objective asks for it.
         device: where the calibration text is run.
         dtype: number format of the calibration run; the weights on disk keep theirs.
 
@@ -58,27 +84,51 @@ def compress(
     plan = make_plan(checkpoint, settings)
     with new_folder(output) as folder:
         _refuse_non_finite(checkpoint)
-        calibration = _calibrate(plan, device, dtype) if _needs_grams(plan) else None
+        if not _needs_grams(plan):
+            calibration = None
+        elif calibration is None:
+            calibration = calibrate(checkpoint, settings, device=device, dtype=dtype)
+        elif calibration.model != checkpoint.path:
+            raise ValueError(f"the calibration is of {calibration.model}, not of {checkpoint.path}")
         errors: dict[str, float] = {}
-        write_shards(folder, list(plan.shards), _filler(plan, calibration.grams if calibration else {}, errors))
+        num_factorized = sum(m.rank is not None for m in plan.matrices)
+        with tqdm(total=num_factorized, desc="factorize", unit="matrix", disable=None) as bar:
+            fill = _filler(plan, calibration.grams if calibration else {}, errors, bar)
+            write_shards(folder, list(plan.shards), fill)
         report = _report(plan, str(model), calibration, errors)
         _write_documents(folder, plan, report)
     return report
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Grams of the inputs on calibration text.
+def calibrate(
+    checkpoint: Checkpoint, settings: CompressSettings, *, device: str = "auto", dtype: str = "float32"
+) -> Calibration:
+    """Run the calibration text through the dense model once.
 
     Args:
-        blocks: the text.
-        grams: `Matrix.shares_input` -> Gram.
-        source: name of the text source.
-    """
+        checkpoint: of the dense model.
+        settings: the text, how much of it, and the seed; keep does not matter.
+        device: where to run.
+        dtype: number format of the run.
 
-    blocks: TokenBlocks
-    grams: dict[str, Tensor]
-    source: str
+    Raises:
+        UsageError: too little text, or a tokenizer that is not the model's.
+        LowRankError: NaN or Inf in an activation.
+    """
+    torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
+    corpus = load_corpus(settings.text, max_bytes=settings.max_bytes)
+    blocks = token_blocks(
+        corpus.train,
+        load_tokenizer(checkpoint.path),
+        settings.block_tokens,
+        max_blocks=settings.calibration_blocks,
+        seed=settings.seed,
+    )
+    model = load_model(checkpoint, device=torch_device, dtype=torch_dtype)
+    check_blocks(model, blocks)
+    matrices = [stored.matrix for stored in checkpoint.matrices() if stored.matrix.expert is None]
+    grams = input_grams(model, matrices, blocks, batch_size=settings.batch_size)
+    return Calibration(checkpoint.path, blocks, grams, corpus.source)
 
 
 def _needs_grams(plan: Plan) -> bool:
@@ -96,34 +146,12 @@ def _refuse_non_finite(checkpoint: Checkpoint) -> None:
             )
 
 
-def _calibrate(plan: Plan, device: str, dtype: str) -> Calibration:
-    settings, path = plan.settings, plan.checkpoint.path
-    corpus = load_corpus(settings.text)
-    blocks = token_blocks(
-        corpus.train,
-        AutoTokenizer.from_pretrained(path),
-        settings.block_tokens,
-        max_blocks=settings.calibration_blocks,
-        seed=settings.seed,
-    )
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(resolve_device(device))
-    largest = int(blocks.ids.max())
-    if largest >= model.get_input_embeddings().num_embeddings:
-        raise UsageError(
-            f"{path}: the tokenizer gives token {largest}, the model has "
-            f"{model.get_input_embeddings().num_embeddings} embeddings",
-            hint="the tokenizer in the folder is not this model's",
-        )
-    matrices = [m.stored.matrix for m in plan.matrices if m.rank is not None]
-    grams = input_grams(model, matrices, blocks, batch_size=settings.batch_size)
-    return Calibration(blocks, grams, corpus.source)
-
-
-def _filler(plan: Plan, grams: dict[str, Tensor], errors: dict[str, float]) -> Callable[[Shard], dict[str, Tensor]]:
+def _filler(
+    plan: Plan, grams: dict[str, Tensor], errors: dict[str, float], bar: tqdm[Any]
+) -> Callable[[Shard], dict[str, Tensor]]:
     """Gives the tensors of a shard, read from the source one at a time; notes the error of each matrix."""
     factorize = OBJECTIVES[plan.settings.objective].factorize
     factorized = {m.stored.tensors[0]: m for m in plan.matrices if m.rank is not None}
-    bar = tqdm(total=len(factorized), desc="factorize", unit="matrix", disable=None)
 
     def fill(shard: Shard) -> dict[str, Tensor]:
         wanted = {h.name for h in shard.headers}
@@ -173,7 +201,8 @@ def _write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
     """Config, report and model card, and what is copied from the source."""
     source = plan.checkpoint.path
     for file in source.iterdir():
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
+        wanted = file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED
+        if wanted and file.is_file() and not file.name.endswith(INDEX_SUFFIX):
             shutil.copyfile(file, folder / file.name)
     config = dict(plan.checkpoint.config)
     if matrices := plan.quantization_config():

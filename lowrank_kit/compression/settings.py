@@ -22,6 +22,7 @@ class CompressSettings:
         calibration_blocks: sequences of calibration text.
         block_tokens: tokens in a sequence.
         batch_size: sequences in a forward pass.
+        max_bytes: most bytes of text to take from the source.
         max_shard_bytes: most bytes of tensors in a file.
         seed: of the choice of calibration text.
 
@@ -36,6 +37,7 @@ class CompressSettings:
     calibration_blocks: int = 128
     block_tokens: int = 256
     batch_size: int = 8
+    max_bytes: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     seed: int = 0
 

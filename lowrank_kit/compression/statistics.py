@@ -6,7 +6,7 @@ Shape legend: I in, N tokens of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def input_grams(
         `Matrix.shares_input` -> [I, I] float64 on the CPU.
 
     Raises:
-        LowRankError: NaN or Inf in an input, with the matrix named.
+        LowRankError: NaN or Inf in an input, or no input at all, with the matrix named.
     """
     readers = {matrix.shares_input: matrix.name for matrix in matrices}
     grams: dict[str, Tensor] = {}
@@ -45,35 +45,45 @@ def input_grams(
         for start in tqdm(range(0, len(ids), batch_size), desc="calibration", unit="batch", disable=None):
             batch = ids[start : start + batch_size].to(device=device, dtype=torch.int64)
             model(input_ids=batch, use_cache=False)
+    unread = [name for key, name in readers.items() if key not in grams]
+    if unread:
+        raise LowRankError(
+            f"the calibration text reached {len(readers) - len(unread)} of {len(readers)} inputs, not {unread[0]}",
+            hint="more text: --calibration-blocks; or --objective plain, which needs none",
+        )
     return {key: gram.cpu() for key, gram in grams.items()}
 
 
 @contextmanager
 def _hooks(model: nn.Module, readers: dict[str, str], grams: dict[str, Tensor]) -> Iterator[None]:
     """Add the inputs of the named modules to `grams`; model and training mode are as before afterwards."""
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(_adder(grams, key, name)) for key, name in readers.items()
-    ]
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for key, name in readers.items():
+            handle = model.get_submodule(name).register_forward_pre_hook(_adder(grams, key, name))
+            stack.callback(handle.remove)
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            yield
+        finally:
+            # Not module.train(), which would set the children too.
+            for module in training:
+                module.training = True
 
 
 def _adder(grams: dict[str, Tensor], key: str, name: str) -> Any:
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x_NI = args[0].reshape(-1, args[0].shape[-1])
-        if not x_NI.isfinite().all():
+        x_NI = x_NI.float() if x_NI.dtype in (torch.float16, torch.bfloat16) else x_NI
+        product = x_NI.mT @ x_NI
+        # Not finite where an activation is not, nor where the square of one is too large.
+        if not product.isfinite().all():
             raise LowRankError(
-                f"NaN or Inf in the input of {name}: {int((~x_NI.isfinite()).sum())} of {x_NI.numel()} activations",
+                f"NaN or Inf in the input of {name}: {int((~x_NI.isfinite()).sum())} of {x_NI.numel()} activations, "
+                f"the others up to {x_NI.nan_to_num(0, 0, 0).abs().max():.3g}",
                 hint="try --dtype float32; if the dense model itself gives NaN on this text, it is broken",
             )
-        x_NI = x_NI.float() if x_NI.dtype in (torch.float16, torch.bfloat16) else x_NI
-        product = (x_NI.mT @ x_NI).to(torch.float64 if x_NI.device.type != "mps" else torch.float32)
+        product = product.to(torch.float64 if product.device.type != "mps" else torch.float32)
         grams[key] = grams[key].add_(product) if key in grams else product
 
     return add

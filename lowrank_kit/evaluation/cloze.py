@@ -33,7 +33,7 @@ class _Passage:
     document: int
     start: int
     end: int
-    look: tuple[int, int, bool, int]
+    look: tuple[int, int, int]
 
 
 def make_cloze(
@@ -72,7 +72,7 @@ def make_cloze(
         for passage in _passages(index, text)
         if passage.start >= context_chars
     ]
-    alike: dict[tuple[int, int, bool, int], list[_Passage]] = defaultdict(list)
+    alike: dict[tuple[int, int, int], list[_Passage]] = defaultdict(list)
     for passage in passages:
         alike[passage.look].append(passage)
     draw = random.Random(seed)
@@ -122,10 +122,10 @@ def _units(text: str) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
-def _look(choice: str, gap: str) -> tuple[int, int, bool, int]:
-    """What gives a choice away without reading: indentation, blank lines before it, inside a line or not, length."""
+def _look(choice: str, gap: str) -> tuple[int, int, int]:
+    """What gives a choice away without reading: indentation, line ends before it (0: inside a line), length."""
     indentation = len(choice) - len(choice.lstrip())
-    return indentation, gap.count("\n"), "\n" in gap, round(math.log(len(choice), _LENGTH_CLASS))
+    return indentation, gap.count("\n"), round(math.log(len(choice), _LENGTH_CLASS))
 
 
 def _context(texts: Sequence[str], passage: _Passage, context_chars: int) -> str:

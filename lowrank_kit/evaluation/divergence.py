@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_kit.checkpoint.loading import check_blocks
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.evaluation.forward import check_blocks, evaluating, model_name, next_token_logits
+from lowrank_kit.evaluation.forward import evaluating, model_name, next_token_logits
 
 
 @dataclass(frozen=True)

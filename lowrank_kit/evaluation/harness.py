@@ -78,7 +78,7 @@ def run_tasks(
     with _quiet(), evaluating(model):
         from lm_eval.evaluator import evaluate
 
-        loaded = _load_tasks(list(dict.fromkeys(tasks)), include_path)
+        loaded = _load_tasks(list(tasks), include_path)
         _set_seeds(seed)
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:

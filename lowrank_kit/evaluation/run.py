@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.data.blocks import TokenBlocks, token_blocks
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.data.sources import STDLIB, Document, read_source
@@ -41,7 +41,7 @@ class EvalSettings:
         seed: of the choice of sequences and of lm-eval.
 
     Raises:
-        UsageError: an unknown part, or nothing to score.
+        UsageError: an unknown part.
     """
 
     text: str | None = None
@@ -58,8 +58,6 @@ class EvalSettings:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise UsageError(f'unknown part "{self.part}"', hint=did_you_mean(self.part, PARTS))
-        if not self.perplexity and not self.tasks:
-            raise UsageError("nothing to score", hint="leave out --no-perplexity, or name --tasks")
 
     @property
     def chosen_part(self) -> str:
@@ -97,16 +95,21 @@ def evaluate(
         One row per model: name, numbers and bytes on disk, then the scores.
 
     Raises:
-        UsageError: a model that is not there, text shorter than a block, a reference with another vocabulary.
+        UsageError: nothing to score, a model that is not there, text shorter than a block, a reference with another
+            vocabulary.
     """
+    if not settings.perplexity and not settings.tasks and reference is None:
+        raise UsageError("nothing to score", hint="leave out --no-perplexity, or name --tasks or a --reference")
     checkpoints = [Checkpoint.open(model) for model in models]
     documents = documents_of(settings) if settings.perplexity or reference is not None else []
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    reference_model = _load(Checkpoint.open(reference), torch_device, torch_dtype)[0] if reference else None
+    reference_model = None
+    if reference is not None:
+        reference_model = load_model(Checkpoint.open(reference), device=torch_device, dtype=torch_dtype)
     rows = []
     for name, checkpoint in zip(models, checkpoints, strict=True):
-        model, tokenizer = _load(checkpoint, torch_device, torch_dtype)
-        scores = score(model, tokenizer, documents, settings, reference=reference_model)
+        model = load_model(checkpoint, device=torch_device, dtype=torch_dtype)
+        scores = score(model, load_tokenizer(checkpoint.path), documents, settings, reference=reference_model)
         rows.append({"model": name, **sizes(checkpoint), **scores})
     return rows
 
@@ -160,11 +163,3 @@ def sizes(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _blocks(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: EvalSettings) -> TokenBlocks:
     return token_blocks(documents, tokenizer, settings.block_tokens, max_blocks=settings.blocks, seed=settings.seed)
-
-
-def _load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path: Path = checkpoint.path
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-    return model, AutoTokenizer.from_pretrained(path)

@@ -76,6 +76,7 @@ def whitened_svd(W_OI: Tensor, gram_II: Tensor) -> Factors:
 
     With W H W^T = U S^2 U^T the optimum is B = U_r, A = U_r^T W: nothing is inverted, so a singular H is no trouble.
     Work is on the small side: for O <= I the eigenvectors of W H W^T, else the left singular vectors of W H^{1/2}.
+    Full rank gives W back, also for inputs that the Gram has not seen.
 
     Args:
         W_OI: [O, I], any float dtype.
@@ -97,6 +98,8 @@ def whitened_svd(W_OI: Tensor, gram_II: Tensor) -> Factors:
         U_OS = U.flip(1)
     else:
         eigenvalues, Q = torch.linalg.eigh(gram_II)
-        root = Q * eigenvalues.clamp(min=0).sqrt()
+        # Never below the rounding of eigh: what W does to unseen inputs comes last, but it is among the directions.
+        floor = torch.finfo(dtype).eps * num_in * eigenvalues[-1].clamp(min=0)
+        root = Q * eigenvalues.clamp(min=floor).sqrt()
         U_OS, s_S, _ = torch.linalg.svd(W_OI @ root, full_matrices=False)
     return Factors(U_OS, U_OS.mT @ W_OI, s_S)

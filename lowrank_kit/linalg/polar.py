@@ -12,8 +12,6 @@ from torch import Tensor
 # https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-# Guards a division by zero only; far below the norm of any momentum that matters.
-NORM_FLOOR = 1e-30
 
 
 def newton_schulz(M: Tensor, *, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype | None = None) -> Tensor:
@@ -35,8 +33,9 @@ def newton_schulz(M: Tensor, *, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.d
         dtype = torch.float32 if M.device.type == "cpu" else torch.bfloat16
     X = M.float()
     wide = X if X.shape[-2] <= X.shape[-1] else X.mT
-    norm = wide.norm(dim=(-2, -1), keepdim=True)
-    X = (wide / norm.clamp(min=NORM_FLOOR)).to(dtype)
+    # The largest entry first: squares of tiny or huge entries leave the range of float32. The norm is then >= 1.
+    wide = wide / wide.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    X = (wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1)).to(dtype)
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     for _ in range(steps):
         A = X @ X.mT

@@ -28,10 +28,11 @@ def rank_of_fraction(fraction: float, shape: tuple[int, int] | torch.Size) -> in
 def topk_polar(M: Tensor, k: int) -> Tensor:
     """U_k V_k^T of M = U S V^T: the exact step of NuMuon, by the eigenvectors of the small-side Gram.
 
-    With M wide, M M^T = U S^2 U^T and O = U_k S_k^{-1} U_k^T M. The Gram is formed and decomposed in float64, so
-    singular values down to about 1e-7 of the largest are exact for a float32 M. Directions below
-    eps * max(m, n) * s_1 (eps of M's dtype, as numpy.linalg.matrix_rank) carry no signal and get no step: the result
-    has rank min(k, numerical rank).
+    With M wide, M M^T = U S^2 U^T and O = U_k S_k^{-1} U_k^T M. The Gram is formed and decomposed in float64: squaring
+    costs half its digits, so the noise floor is 1e-8 of the largest singular value s_1. Directions below
+    eps * max(m, n) * s_1 (as numpy.linalg.matrix_rank; eps of float32 for every dtype: for bfloat16 its own would
+    drop every direction at max(m, n) = 128) carry no signal and get no step: the result has rank
+    min(k, numerical rank).
 
     Args:
         M: [..., m, n] float.
@@ -52,8 +53,7 @@ def topk_polar(M: Tensor, k: int) -> Tensor:
     energies, U = torch.linalg.eigh(wide @ wide.mT)
     s_k = energies[..., -k:].clamp(min=0).sqrt()
     U_k = U[..., -k:]
-    eps = torch.finfo(M.dtype if M.dtype != torch.float64 else torch.float32).eps
-    threshold = eps * max(M.shape[-2:]) * s_k[..., -1:]
+    threshold = torch.finfo(torch.float32).eps * max(M.shape[-2:]) * s_k[..., -1:]
     inverse = torch.where(s_k > threshold, 1 / s_k, torch.zeros_like(s_k))
     out = ((U_k * inverse[..., None, :]) @ (U_k.mT @ wide)).float()
     return out if M.shape[-2] <= M.shape[-1] else out.mT

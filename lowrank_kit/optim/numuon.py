@@ -44,11 +44,12 @@ class NuMuon(torch.optim.Optimizer):
         momentum: of the exponential moving average.
         nesterov: step along G + momentum (M - G) instead of M. None: on for muon, off for numuon.
         rank_schedule: see `RankSchedule.parse`; its position is `step / total_steps`.
-        total_steps: length of the schedule, in steps.
+        total_steps: length of the schedule, in steps; needed by the rule numuon unless the schedule is fixed.
         betas, eps: of adamw.
 
     Raises:
-        UsageError: an unknown rule, a rank fraction outside (0, 1], a parameter that is no matrix.
+        UsageError: an unknown rule, a rank fraction outside (0, 1], a schedule without its length, a parameter that is
+            no matrix.
         LowRankError: a gradient that is not finite; weights and momentum are left as they were.
 
     Source: NuMuon (arXiv 2603.03597); Muon (Jordan et al., 2024). Deviations: the scale 0.2 sqrt(max(m, n)) is that
@@ -65,7 +66,7 @@ class NuMuon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool | None = None,
         rank_schedule: str = "cosine:1:0.25",
-        total_steps: int = 1,
+        total_steps: int | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
@@ -85,20 +86,13 @@ class NuMuon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking that its rule can serve its parameters."""
+        """Add a group; one whose rule cannot serve its parameters is refused and not added."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        rule = group["rule"]
-        if rule not in RULES:
-            raise UsageError(f'unknown optimizer rule "{rule}"', hint=did_you_mean(rule, RULES))
-        RankSchedule.parse(group["rank_schedule"])
-        if rule in DIRECTIONS:
-            wrong = [tuple(p.shape) for p in group["params"] if p.ndim not in (2, 3)]
-            if wrong:
-                raise UsageError(
-                    f"rule {rule} is for matrices; got parameters of shapes {wrong[:3]}",
-                    hint='give them rule "adamw", or let lowrank_kit.optim.parameter_groups(model) choose',
-                )
+        try:
+            _check_group(self.param_groups[-1])
+        except UsageError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -139,7 +133,7 @@ class NuMuon(torch.optim.Optimizer):
     def _matrix_step(self, group: dict[str, Any]) -> None:
         rule = group["rule"]
         if rule == "numuon":
-            progress = min(group["step"] / group["total_steps"], 1.0)
+            progress = min(group["step"] / (group["total_steps"] or 1), 1.0)
             group["rank_fraction"] = RankSchedule.parse(group["rank_schedule"]).fraction(progress)
         nesterov = rule == "muon" if group["nesterov"] is None else group["nesterov"]
         batches: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -184,3 +178,24 @@ class NuMuon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    rule, total_steps = group["rule"], group["total_steps"]
+    if rule not in RULES:
+        raise UsageError(f'unknown optimizer rule "{rule}"', hint=did_you_mean(rule, RULES))
+    schedule = RankSchedule.parse(group["rank_schedule"])
+    if total_steps is not None and total_steps < 1:
+        raise UsageError(f"total_steps must be at least 1, got {total_steps}")
+    if rule == "numuon" and schedule.kind != "fixed" and total_steps is None:
+        raise UsageError(
+            f'the rank schedule "{group["rank_schedule"]}" needs total_steps, its length in steps',
+            hint='pass total_steps=..., or a fixed rank fraction: rank_schedule="fixed:0.25"',
+        )
+    if rule in DIRECTIONS:
+        wrong = [tuple(p.shape) for p in group["params"] if p.ndim not in (2, 3)]
+        if wrong:
+            raise UsageError(
+                f"rule {rule} is for matrices; got parameters of shapes {wrong[:3]}",
+                hint='give them rule "adamw", or let lowrank_kit.optim.parameter_groups(model) choose',
+            )

@@ -12,13 +12,13 @@ from lowrank_kit.matrices import find_matrices
 def parameter_groups(
     model: nn.Module, *, rule: str, lr: float, weight_decay: float = 0.0, **options: Any
 ) -> list[dict[str, Any]]:
-    """Groups for `NuMuon`: matrices, then embeddings and head (AdamW), then vectors (AdamW, no weight decay).
+    """Groups for `NuMuon`: matrices, then embeddings, head and routers (AdamW), then vectors (AdamW, no weight decay).
 
     Args:
         model: a transformers model; tied parameters appear once.
         rule: numuon, muon or adamw, for the matrices.
         lr: learning rate of all groups.
-        weight_decay: of matrices, embeddings and head.
+        weight_decay: of matrices, embeddings, head and routers.
         options: further options of the matrix group, as `rank_schedule` and `total_steps`.
 
     Returns:
@@ -32,6 +32,8 @@ def parameter_groups(
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "matrices" if name in matrices else "embeddings" if parameter.ndim >= 2 else "vectors"
+            # The biases of fused experts are stacked to 2-D, and vectors all the same.
+            vector = parameter.ndim < 2 or name.endswith("bias")
+            kind = "matrices" if name in matrices else "vectors" if vector else "embeddings"
             groups[kind]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]

@@ -46,9 +46,14 @@ class RankSchedule:
                 )
         places = [progress for progress, _ in self.knots]
         if places != sorted(set(places)):
-            raise UsageError(f"progress in a rank schedule must ascend, got {places}")
+            raise UsageError(
+                f"progress in a rank schedule must ascend, got {places}", hint=f"a rank schedule reads like {GRAMMAR}"
+            )
         if self.kind == "piecewise" and places[0] != 0:
-            raise UsageError(f"a piecewise rank schedule starts at progress 0, got {places[0]:g}", hint=GRAMMAR)
+            raise UsageError(
+                f"a piecewise rank schedule starts at progress 0, got {places[0]:g}",
+                hint=f"a rank schedule reads like {GRAMMAR}",
+            )
 
     def fraction(self, progress: float) -> float:
         """Rank fraction at a progress in [0, 1]."""

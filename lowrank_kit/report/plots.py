@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
+from matplotlib.colors import Colormap, ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -37,11 +37,12 @@ def decay_plot(curves: Mapping[str, Sequence[Curve]], title: str = "Decay of the
     depth = Normalize(min(blocks, default=0), max(blocks, default=0) or 1)
     with styled():
         figure, panels = _panels(list(curves), title)
-        palette = _colormap(SEQUENTIAL)
+        # Without its light end, which is too light for lines on white.
+        palette = ListedColormap(_colormap(SEQUENTIAL)(np.linspace(0, 0.92, 256)))
         for (role, lines), panel in zip(curves.items(), panels, strict=True):
             alpha = 0.9 if len(lines) <= 40 else 0.35  # experts: many lines for one block
             for block, values in lines:
-                colour = FAINT if block is None else palette(0.92 * depth(block))
+                colour = FAINT if block is None else palette(depth(block))
                 panel.plot(*_decay(values), color=colour, alpha=alpha, linewidth=1.2)
             panel.set_title(role)
         _decay_axes(panels)
@@ -222,8 +223,8 @@ def bars_plot(values: Mapping[str, Mapping[str, float]], *, y_label: str, title:
 
 def _panels(roles: list[str], title: str) -> tuple[Figure, list[Axes]]:
     """A figure with one panel for each role, at most four in a row."""
-    columns = min(4, max(1, len(roles)))
-    rows = max(1, math.ceil(len(roles) / columns))
+    rows = max(1, math.ceil(len(roles) / 4))
+    columns = max(1, math.ceil(len(roles) / rows))
     figure = Figure(figsize=(1.4 + 2.7 * columns, 1.0 + 2.3 * rows))
     figure.suptitle(title, x=0.01, ha="left")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel().tolist()
@@ -261,8 +262,9 @@ def _write_cells(axes: Axes, numbers: np.ndarray, norm: Normalize, palette: Colo
         red, green, blue, _ = palette(norm(number))
         # Rec. 709 luma: dark text on light cells and light text on dark ones.
         light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
-        text = f"{number:+.2f}" if signed else f"{number:.2f}"
-        text = text.replace("0.", ".", 1)
+        number = round(number, 2) + 0.0  # no "-0.00"
+        text = f"{number:+.2f}" if signed and number else f"{number:.2f}"
+        text = text.replace("0.", ".", 1).replace("-", "−")
         axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=INK if light else "white")
 
 

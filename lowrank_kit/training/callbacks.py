@@ -77,6 +77,7 @@ class ProgressLog(TrainerCallback):
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None  # a validation may follow, and would draw it again
 
     def _show(self, line: dict[str, Any]) -> None:
         if self.bar is None:

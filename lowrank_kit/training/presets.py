@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowrank_kit.errors import LowRankError, UsageError, did_you_mean
 
@@ -31,7 +35,8 @@ def model_config(source: str, *, vocab_size: int | None, context: int, **token_i
         token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer.
 
     Raises:
-        UsageError: no such preset or file, unknown model type, keys the model type does not know.
+        UsageError: no such preset or file, no causal LM, keys the model type does not know or values it refuses.
+        LowRankError: the file is no JSON object.
     """
     if source in PRESETS:
         settings: dict[str, Any] = {
@@ -45,7 +50,11 @@ def model_config(source: str, *, vocab_size: int | None, context: int, **token_i
     if vocab_size is not None:
         settings["vocab_size"] = vocab_size
     model_type = settings.pop("model_type")
-    return AutoConfig.for_model(model_type, **settings, **token_ids)
+    try:
+        return AutoConfig.for_model(model_type, **{**settings, **token_ids})
+    # What the config classes raise for values of a wrong type, or that do not fit together.
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{source}: no {model_type} can be made of this: {' '.join(str(error).split())}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -57,15 +66,37 @@ def _read_config(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except ValueError as error:
         raise LowRankError(f"{path} is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise LowRankError(f"{path}: a JSON object is expected, found {type(settings).__name__}")
     model_type = settings.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        hint = did_you_mean(str(model_type), CONFIG_MAPPING.keys()) if model_type else 'add "model_type": "llama"'
-        raise UsageError(f'{path}: unknown model_type "{model_type}"', hint=hint)
-    config_class = CONFIG_MAPPING[model_type]
-    # Any config takes any keyword and keeps it, so a typo would train another model in silence.
-    known_keys = {*config_class().to_dict(), *config_class.attribute_map, "torch_dtype", "dtype", "_name_or_path"}
-    unknown = sorted(set(settings) - known_keys)
-    if unknown:
-        hints = "; ".join(f'"{key}": {did_you_mean(key, known_keys)}' for key in unknown)
-        raise UsageError(f"{path}: keys that {model_type} does not know: {', '.join(unknown)}", hint=hints)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(
+            f'{path}: model_type "{model_type}" is no causal language model of transformers',
+            hint=_close(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or 'for example "model_type": "llama"',
+        )
+    # The config of a compressed model describes the dense one, which is what is built here.
+    settings.pop("quantization_config", None)
+    # Any config class takes any keyword and keeps it, so a typo would train another model in silence. A file that
+    # transformers wrote has been through that already, and may hold keys of other versions.
+    if "transformers_version" not in settings:
+        _refuse_unknown_keys(path, settings)
     return settings
+
+
+def _refuse_unknown_keys(path: Path, settings: dict[str, Any]) -> None:
+    config_class = CONFIG_MAPPING[settings["model_type"]]
+    known = {*config_class().to_dict(), *config_class.attribute_map, "dtype", "torch_dtype", "_name_or_path"}
+    # Older spellings such as "rope_theta" are taken in under another name; what stays as it is, nobody reads.
+    unread = [key for key in settings if key not in known and key in config_class(**{key: settings[key]}).to_dict()]
+    if unread:
+        hints = [f'"{key}": {_close(key, known)}' for key in unread if _close(key, known)]
+        raise UsageError(
+            f"{path}: keys that {settings['model_type']} does not know: {', '.join(unread)}",
+            hint="; ".join(hints) or "leave them out",
+        )
+
+
+def _close(word: str, choices: Iterable[str]) -> str | None:
+    """`did_you_mean`, but None where that would list hundreds of choices."""
+    close = difflib.get_close_matches(word, choices, n=1)
+    return did_you_mean(word, close) if close else None

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from lowrank_kit.checkpoint.folder import resolve_model
+from lowrank_kit.checkpoint.folder import Checkpoint, resolve_model
+from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
 from lowrank_kit.config import settings_difference
 from lowrank_kit.data.blocks import TokenBlocks, token_blocks
 from lowrank_kit.data.corpus import Corpus, load_corpus
@@ -91,10 +91,11 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
             hint="restore the text, or start again in a new folder",
         )
     model = build_model(settings, data.tokenizer)
+    check_blocks(model, data.train)
+    check_blocks(model, data.heldout)
     record = previous or _start(output, settings, data, model)
     trainer, log = _trainer(settings, output, data, model, torch_device)
-    checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if previous else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output) if previous else None)
     if log.validated_at != trainer.state.global_step:
         trainer.evaluate()
     record = {**record, "finished": True, "step": trainer.state.global_step, "validation_loss": log.validation_loss}
@@ -113,7 +114,7 @@ def load_data(settings: TrainSettings, *, saved_tokenizer: Path | None = None) -
             (d.text for d in corpus.train), vocab_size=settings.vocab_size, model_max_length=settings.block_tokens
         )
     else:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(str(given)))
+        tokenizer = load_tokenizer(resolve_model(str(given)))
     return RunData(
         corpus=corpus,
         tokenizer=tokenizer,
@@ -127,7 +128,7 @@ def load_data(settings: TrainSettings, *, saved_tokenizer: Path | None = None) -
 def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model to train, in float32: random from its config, or the checkpoint to fine-tune."""
     if settings.model is not None:
-        return AutoModelForCausalLM.from_pretrained(resolve_model(settings.model), dtype=torch.float32)
+        return load_model(Checkpoint.open(settings.model), device=torch.device("cpu"), dtype=torch.float32)
     assert settings.model_config is not None
     config = model_config(
         settings.model_config,
@@ -151,11 +152,13 @@ def stored_settings(output: Path) -> dict[str, Any]:
 
 def _read_run(output: Path) -> dict[str, Any]:
     try:
-        return json.loads((output / RUN_FILE).read_text())
+        record = json.loads((output / RUN_FILE).read_text())
     except FileNotFoundError:
         raise UsageError(
             f"nothing to resume in {output}: it has no {RUN_FILE}", hint="leave out --resume to start"
         ) from None
+    del record["schema_version"]  # the file's, not the run's
+    return record
 
 
 def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
@@ -195,6 +198,8 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
         },
         "environment": environment(),
     }
+    if output.exists() and any(output.iterdir()):
+        raise UsageError(f"output folder {output} is not empty", hint="give a new one, or resume the run that is in it")
     output.mkdir(parents=True, exist_ok=True)
     data.tokenizer.save_pretrained(output)
     write_json(output / RUN_FILE, record)
@@ -249,6 +254,12 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, log
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The last whole checkpoint, None before the first: the trainer's state is the last file written to each."""
+    whole = [state.parent for state in (output / CHECKPOINTS).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
 
 
 def _save_model(trainer: Trainer, output: Path) -> None:

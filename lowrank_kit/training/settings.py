@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lowrank_kit.errors import UsageError, did_you_mean
+from lowrank_kit.optim.schedule import RankSchedule
 
 OPTIMIZERS = ("numuon", "muon", "adamw")
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-# What `auto` precision and `auto` learning rate mean stands here, once.
+# What a learning rate left out means stands here, once.
 DEFAULT_LR = {"numuon": 4e-3, "muon": 4e-3, "adamw": 4e-3}
 
 
@@ -93,8 +95,13 @@ class TrainSettings:
             raise UsageError(f"block_tokens must be at least 2, got {self.block_tokens}", hint="--block-tokens 256")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}")
-        if self.lr is not None and self.lr <= 0:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"lr must be above 0, got {self.lr:g}")
+        for name in ("weight_decay", "clip", "eval_every", "save_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be at least 0, got {getattr(self, name):g}")
+        # The optimizer reads it too, but only when the run's folder has been made.
+        RankSchedule.parse(self.rank)
 
     @property
     def step_tokens(self) -> int:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 import math
 
 import numpy as np
@@ -8,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from lowrank_kit.data.blocks import TokenBlocks, token_blocks
 from lowrank_kit.data.sources import Document
+from lowrank_kit.data.tokenizer import END_OF_TEXT, train_tokenizer
 from lowrank_kit.errors import UsageError
 
 
@@ -87,6 +91,17 @@ def test_the_hash_is_of_shape_and_ids() -> None:
     assert TokenBlocks(ids.view(3, 2), 1.0).sha256 != blocks.sha256
 
 
+def test_a_tokenizer_that_begins_every_text_with_a_token_does_not_here(
+    documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    eager = copy.deepcopy(tiny_tokenizer)
+    eager.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    assert eager.encode("text")[0] == 0
+    assert token_blocks(documents, eager, 16).sha256 == token_blocks(documents, tiny_tokenizer, 16).sha256
+
+
 def test_a_tokenizer_without_an_end_of_text_joins_with_nothing(
     documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -97,13 +112,15 @@ def test_a_tokenizer_without_an_end_of_text_joins_with_nothing(
 
 
 def test_documents_longer_than_the_context_give_no_warning(
-    documents: list[Document], tiny_tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+    documents: list[Document], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tiny_tokenizer.model_max_length == 128
-    long = Document("long", documents[0].text * 20)
-    tiny_tokenizer.deprecation_warnings.clear()
-    token_blocks([long], tiny_tokenizer, 16)
-    assert capfd.readouterr() == ("", "")
+    # transformers warns once per tokenizer, and keeps its log from the root logger.
+    fresh = train_tokenizer([documents[0].text], 300, model_max_length=16)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    token_blocks(documents, fresh, 16)
+    assert not caplog.records
+    fresh(documents[0].text)
+    assert "longer than the specified maximum" in caplog.text
 
 
 def test_fewer_tokens_than_one_block(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -69,6 +69,19 @@ def test_the_hash_covers_names_texts_and_the_split(folder: Path) -> None:
     assert len(hashes) == 4
 
 
+def test_the_hash_tells_where_the_training_part_ends(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    # Rename so that the names and texts of both sides, one after the other, are the same for both fractions.
+    one, two = (load_corpus(str(tmp_path), heldout_fraction=fraction).heldout for fraction in (0.1, 0.2))
+    (last,), (second_last,) = one, set(two) - set(one)
+    (tmp_path / second_last.name).rename(tmp_path / "y.txt")
+    (tmp_path / last.name).rename(tmp_path / "z.txt")
+    corpora = [load_corpus(str(tmp_path), heldout_fraction=fraction) for fraction in (0.1, 0.2)]
+    assert corpora[0].train + corpora[0].heldout == corpora[1].train + corpora[1].heldout
+    assert corpora[0].sha256 != corpora[1].sha256
+
+
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
 def test_a_single_document_is_cut_near_the_mark(tmp_path: Path, separator: str) -> None:
     path = tmp_path / "one.txt"
@@ -96,6 +109,14 @@ def test_few_large_documents_are_each_cut(tmp_path: Path) -> None:
     assert [document.name for document in corpus.train] == [document.name for document in corpus.heldout]
     assert 0.08 < num_bytes(corpus.heldout) / (num_bytes(corpus.train) + num_bytes(corpus.heldout)) < 0.13
     assert not texts(corpus.train) & texts(corpus.heldout)
+
+
+def test_an_end_that_is_the_beginning_of_another_is_trained_on_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 83 + "\n" + "b" * 16)
+    (tmp_path / "b.txt").write_text("b" * 16 + "cc")
+    corpus = load_corpus(str(tmp_path))
+    assert texts(corpus.train) == {"a" * 83 + "\n", "b" * 16}
+    assert texts(corpus.heldout) == {"cc"}
 
 
 def test_a_cap_takes_part_of_each_side(folder: Path) -> None:

@@ -133,7 +133,7 @@ def test_the_seed_decides(prose_documents: list[Document]) -> None:
 
 
 def test_a_single_document_is_enough_and_its_false_choices_are_not_near() -> None:
-    text = prose(0, num_paragraphs=60)
+    text = prose(0, num_paragraphs=15)
     for row in make_cloze([Document("one", text)], num_items=40, context_chars=150):
         place = text.index(row["context"] + row["choices"][row["label"]]) + len(row["context"])
         for choice in set(row["choices"]) - {row["choices"][row["label"]]}:

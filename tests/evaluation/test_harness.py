@@ -102,7 +102,11 @@ def test_a_limit_scores_the_first_documents(
 
 
 def test_groups_filters_and_bootstrapped_metrics(
-    tiny_llama: Build, tiny_tokenizer: PreTrainedTokenizerFast, task_folder: Path, tmp_path: Path
+    tiny_llama: Build,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    task_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(task_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "group.yaml").write_text(
@@ -123,8 +127,11 @@ def test_groups_filters_and_bootstrapped_metrics(
         ("both", "acc"),
         ("both", "acc,first"),
     }
-    # A median has no closed form: its standard error comes from lm-eval's bootstrap.
+    # A median has no closed form: its standard error comes from lm-eval's bootstrap, which prints.
     assert by_key["tiny_median", "acc,first"].stderr is not None
+    captured = capfd.readouterr()
+    assert "bootstrapping" in captured.err
+    assert captured.out == ""
     assert by_key["both", "acc"].value == by_key["tiny_cloze", "acc"].value
 
 

@@ -69,9 +69,13 @@ def test_dropout_is_off_and_every_training_flag_is_put_back(tiny_llama: Build, b
     model.train()
     model.model.layers[1].eval()
     flags = [module.training for module in model.modules()]
+    inference: list[bool] = []
+    model.register_forward_hook(lambda *_: inference.append(torch.is_inference_mode_enabled()))
     assert perplexity(model, blocks) == expected
+    assert inference == [True]
     assert [module.training for module in model.modules()] == flags
     assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 def test_a_non_finite_loss_names_the_model_and_the_block(tiny_llama: Build) -> None:

@@ -1,0 +1,75 @@
+"""Load the model and the tokenizer of a checkpoint: whole and fitting together, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.data.blocks import TokenBlocks
+from lowrank_kit.errors import LowRankError, UsageError
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The causal LM of a checkpoint, dense or compressed, in evaluation mode.
+
+    Args:
+        checkpoint: opened, hence with complete files.
+        device: where the weights go.
+        dtype: of the weights; "auto" is the checkpoint's own.
+
+    Raises:
+        LowRankError: tensors are missing; transformers would fill in random numbers and only warn.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise LowRankError(
+            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}",
+            hint="config.json and the safetensors files seem to belong to different models",
+        )
+    return model.to(device)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Files missing, damaged or of an unknown kind: each tokenizer class has its own exceptions.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{folder}: no tokenizer can be loaded ({reason})", hint=_SAVE_TOKENIZER) from error
+    # Some classes load from nothing, and then know their special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UsageError(f"{folder}: no tokenizer in this folder", hint=_SAVE_TOKENIZER)
+    return tokenizer
+
+
+_SAVE_TOKENIZER = "put the tokenizer's files beside the model: tokenizer.save_pretrained(folder)"
+
+
+def check_blocks(model: PreTrainedModel, blocks: TokenBlocks) -> None:
+    """Refuse token ids that the model has no embedding for, and blocks longer than its context.
+
+    Raises:
+        UsageError: one of the two, with both numbers.
+    """
+    name = model.name_or_path or type(model).__name__
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    largest = int(blocks.ids.max())
+    if largest >= vocabulary:
+        raise UsageError(
+            f"the text has the token id {largest}, but {name} knows {vocabulary} tokens",
+            hint="make the blocks with the model's own tokenizer",
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and blocks.block_tokens > context:
+        raise UsageError(
+            f"blocks of {blocks.block_tokens} tokens are longer than the context of {name}, {context}",
+            hint=f"--block-tokens {context}, or fewer",
+        )

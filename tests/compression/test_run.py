@@ -1,0 +1,297 @@
+"""One compression end to end: optimal on its calibration text, honest about its errors, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lowrank_kit.checkpoint import writer
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.compression.run import calibrate, compress
+from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.data.blocks import token_blocks
+from lowrank_kit.data.corpus import load_corpus
+from lowrank_kit.errors import LowRankError, UsageError
+from lowrank_kit.layers import LowRankLinear
+
+BLOCKS, BLOCK_TOKENS = 24, 32
+
+
+def settings_for(text: str | None, **given: Any) -> CompressSettings:
+    return CompressSettings(
+        **({"keep": 0.5, "text": text, "calibration_blocks": BLOCKS, "block_tokens": BLOCK_TOKENS} | given)
+    )
+
+
+def calibration_ids(folder: Path, text: str) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = token_blocks(load_corpus(text).train, tokenizer, BLOCK_TOKENS, max_blocks=BLOCKS, seed=0)
+    return blocks.ids.long()
+
+
+def inputs_of(model: LlamaForCausalLM, names: list[str], ids: Tensor) -> dict[str, Tensor]:
+    """What each named module reads, [tokens, in] float64."""
+    seen: dict[str, Tensor] = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.__setitem__(name, args[0].double().flatten(0, -2))
+        )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return seen
+
+
+def low_rank_weights(folder: Path) -> dict[str, Tensor]:
+    """B A of every factorized matrix, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    return {name: layer.B.weight.double() @ layer.A.weight.double() for name, layer in layers.items()}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, text_file: str) -> dict[str, Path]:
+    """The tiny Llama compressed with each objective to the same size."""
+    root = tmp_path_factory.mktemp("objectives")
+    for objective in ("plain", "whiten"):
+        compress(tiny_llama_folder, root / objective, settings_for(text_file, objective=objective))
+    return {objective: root / objective for objective in ("plain", "whiten")}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "compression.json").read_text())
+
+
+def test_whiten_is_better_on_outputs_and_both_report_what_they_reach(
+    outputs: dict[str, Path], tiny_llama_folder: Path, text_file: str
+) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    weights = {objective: low_rank_weights(folder) for objective, folder in outputs.items()}
+    names = list(weights["plain"])
+    assert len(names) == 14
+    inputs = inputs_of(dense, names, calibration_ids(tiny_llama_folder, text_file))
+    reported = {
+        objective: {row["matrix"]: row["relative_error"] for row in report_of(folder)["matrices"]}
+        for objective, folder in outputs.items()
+    }
+    for name in names:
+        W, X = dense.get_submodule(name).weight.double(), inputs[name].mT
+        output_error = {key: ((W - BA[name]) @ X).norm() / (W @ X).norm() for key, BA in weights.items()}
+        weight_error = {key: (W - BA[name]).norm() / W.norm() for key, BA in weights.items()}
+        assert output_error["whiten"] < 0.99 * output_error["plain"]
+        assert weight_error["plain"] < 0.99 * weight_error["whiten"]
+        # Factors are stored in float32, the Gram is made of float32 products.
+        assert math.isclose(reported["plain"][name], weight_error["plain"].item(), rel_tol=1e-5)
+        assert math.isclose(reported["whiten"][name], output_error["whiten"].item(), rel_tol=1e-5)
+
+
+def test_report_and_card(outputs: dict[str, Path], tiny_llama_folder: Path, text_file: str) -> None:
+    report = report_of(outputs["whiten"])
+    assert report["model"] == str(tiny_llama_folder)
+    assert report["settings"] == CompressSettings(**report["settings"]).__dict__
+    blocks = token_blocks(
+        load_corpus(text_file).train,
+        AutoTokenizer.from_pretrained(tiny_llama_folder),
+        BLOCK_TOKENS,
+        max_blocks=BLOCKS,
+        seed=0,
+    )
+    assert report["calibration"] == {"source": text_file, "sha256": blocks.sha256, "tokens": BLOCKS * BLOCK_TOKENS}
+    assert report["environment"]["torch"]
+    assert report_of(outputs["plain"])["calibration"] is None
+    card = (outputs["whiten"] / "README.md").read_text()
+    assert card.startswith("---\nbase_model: tiny-llama\nlibrary_name: transformers\n")
+    total, kept = report["totals"]["matrix_numbers_before"], report["totals"]["matrix_numbers_after"]
+    assert re.search(rf"\| matrices \(numbers\) +\| {total:,} \| {kept:,} \|", card)
+    assert blocks.sha256 in card
+    assert str(tiny_llama_folder) not in card
+
+
+def test_what_else_is_in_the_folder(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama_folder, source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("run.json", "compression.json", "pytorch_model.bin.index.json", "log.jsonl", "notes.py"):
+        (source / name).write_text("{}")
+    compress(source, tmp_path / "out", settings_for(None, objective="plain", max_shard_bytes=30_000))
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    shards = {name for name in made if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)}
+    assert len(shards) > 1
+    assert made - shards == {
+        *("config.json", "model.safetensors.index.json", "compression.json", "README.md"),
+        *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "out")]
+    assert tokenizers[0]("The river").input_ids == tokenizers[1]("The river").input_ids
+
+
+def weights_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_the_seed_decides_everything(tiny_llama_folder: Path, text_file: str, tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        compress(tiny_llama_folder, tmp_path / name, settings_for(text_file, seed=seed, max_shard_bytes=40_000))
+    one, again, two = (weights_bytes(tmp_path / name) for name in ("one", "again", "two"))
+    assert one == again
+    assert one.keys() == two.keys()
+    assert one != two  # other blocks of the text
+
+
+def test_calibrated_once_for_any_keep(tiny_llama_folder: Path, text_file: str, tmp_path: Path) -> None:
+    calibration = calibrate(Checkpoint.open(tiny_llama_folder), settings_for(text_file))
+    for keep in (0.3, 0.7):
+        settings = settings_for(text_file, keep=keep)
+        compress(tiny_llama_folder, tmp_path / f"once-{keep}", settings, calibration=calibration)
+        compress(tiny_llama_folder, tmp_path / f"anew-{keep}", settings)
+        assert weights_bytes(tmp_path / f"once-{keep}") == weights_bytes(tmp_path / f"anew-{keep}")
+    shutil.copytree(tiny_llama_folder, tmp_path / "other")
+    with pytest.raises(ValueError, match="the calibration is of"):
+        compress(tmp_path / "other", tmp_path / "out", settings_for(text_file), calibration=calibration)
+
+
+def test_the_held_out_text_is_left_alone(tiny_llama_folder: Path, text_file: str) -> None:
+    corpus = load_corpus(text_file)
+    assert corpus.heldout
+    # As many blocks as there are: any document that were in would show.
+    calibration = calibrate(Checkpoint.open(tiny_llama_folder), settings_for(text_file, calibration_blocks=10**6))
+    text = AutoTokenizer.from_pretrained(tiny_llama_folder).decode(calibration.blocks.ids.flatten())
+    number = [re.match(r"Page \d+\.", document.text).group() for document in corpus.heldout]  # type: ignore[union-attr]
+    assert not [page for page in number if page in text]
+    assert sum(document.text in text for document in corpus.train) >= len(corpus.train) - 1
+
+
+def test_calibration_in_bfloat16_leaves_the_dtype_on_disk(
+    tiny_llama_folder: Path, text_file: str, tmp_path: Path
+) -> None:
+    compress(tiny_llama_folder, tmp_path / "out", settings_for(text_file), dtype="bfloat16")
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+# Refusals: one message, and nothing left behind
+
+
+@pytest.fixture
+def model(tiny_llama_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama that a test may break."""
+    return Path(shutil.copytree(tiny_llama_folder, tmp_path / "model"))
+
+
+def change(folder: Path, **tensors: Callable[[Tensor], Tensor]) -> None:
+    stored = load_file(folder / "model.safetensors")
+    for name, make in tensors.items():
+        stored[name] = make(stored[name])
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(model: Path, settings: CompressSettings, error: type[LowRankError], message: str, **options: Any) -> None:
+    """Compress into a folder that is not there and into one that is empty: refused, and both as before."""
+    absent, empty = model.parent / "absent", model.parent / "empty"
+    empty.mkdir()
+    before = sorted(model.parent.rglob("*"))
+    for output in (absent, empty):
+        with pytest.raises(error, match=message) as raised:
+            compress(model, output, settings, **options)
+        assert raised.value.exit_code == error.exit_code
+    assert sorted(model.parent.rglob("*")) == before  # no output, and no temporary folder beside it
+
+
+def with_nan(W: Tensor) -> Tensor:
+    W[3, 5] = math.nan
+    W[4, 5] = math.inf
+    return W
+
+
+@pytest.mark.parametrize("objective", ["plain", "whiten"])
+def test_nan_in_a_matrix(model: Path, text_file: str, objective: str) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    change(model, **{name: with_nan})
+    message = rf"NaN or Inf in {name}: 2 of 512 numbers"
+    refused(model, settings_for(text_file, objective=objective), LowRankError, message)
+
+
+def test_an_activation_that_overflows(model: Path, text_file: str) -> None:
+    names = [f"model.layers.0.mlp.{role}_proj.weight" for role in ("gate", "up")]
+    change(model, **dict.fromkeys(names, lambda W: W * 1e30))
+    refused(model, settings_for(text_file), LowRankError, r"input of model.layers.0.mlp.down_proj: \d+ of \d+")
+
+
+def test_a_truncated_shard_is_found_before_any_work(model: Path) -> None:
+    shard = model / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    # The text would be refused too, had it been looked at.
+    refused(model, settings_for("/no/such/text"), LowRankError, r"model\.safetensors.*(damaged|truncated|bytes)")
+
+
+def test_text_shorter_than_a_block(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Nobody had opened the gate.\nThe wheel stood still.\n")
+    refused(model, settings_for(str(tmp_path / "short.txt")), UsageError, r"\d+ tokens, fewer than one block of 32")
+
+
+def test_no_such_text(model: Path) -> None:
+    refused(model, settings_for("/no/such/text"), UsageError, "no such text source: /no/such/text")
+
+
+def test_blocks_longer_than_the_context(model: Path, text_file: str) -> None:
+    refused(
+        model, settings_for(text_file, block_tokens=129), UsageError, r"blocks of 129 .* context of .*, 128\nhint: --bl"
+    )
+
+
+def test_a_tokenizer_of_another_model(
+    tiny_llama: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text_file: str
+) -> None:
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    refused(tmp_path / "model", settings_for(text_file), UsageError, r"token id 3\d\d, but .* knows 300 tokens")
+
+
+def test_no_tokenizer(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, text_file: str) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    refused(tmp_path / "model", settings_for(text_file), UsageError, "no tokenizer can be loaded")
+
+
+@pytest.mark.parametrize(("option", "message"), [("device", 'unknown device "gpu"'), ("dtype", 'unknown dtype "gpu"')])
+def test_no_such_device_or_dtype(model: Path, text_file: str, option: str, message: str) -> None:
+    refused(model, settings_for(text_file), UsageError, message, **{option: "gpu"})
+
+
+def test_compressed_already(outputs: dict[str, Path], text_file: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(outputs["plain"], tmp_path / "model"))
+    refused(model, settings_for(text_file), UsageError, "compressed already")
+
+
+def test_an_output_that_is_not_empty(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=r"not empty \(1 entries\)"):
+        compress(model, tmp_path / "out", settings_for(None, objective="plain"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_gets_full(model: Path, text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+        written.append(path)
+
+    monkeypatch.setattr(writer, "save_file", save)
+    before = sorted(model.parent.rglob("*"))
+    with pytest.raises(OSError, match="No space left"):
+        compress(model, model.parent / "out", settings_for(text_file, max_shard_bytes=30_000))
+    assert len(written) == 2
+    assert sorted(model.parent.rglob("*")) == before

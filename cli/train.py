@@ -22,6 +22,7 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 )
 @click.option("--optimizer", metavar="NAME", default="numuon", show_default=True, help="numuon, muon or adamw.")
 @click.option("--lr", type=float, default=None, help="Peak learning rate; left out, the optimizer's default.")
+@click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, --lr.")
 @click.option("--rank", metavar="SCHEDULE", default="cosine:1:0.25", show_default=True, help="Of numuon: see below.")
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")

@@ -47,9 +47,11 @@ def topk_polar(M: Tensor, k: int) -> Tensor:
     side = min(M.shape[-2:])
     if not 1 <= k <= side:
         raise ValueError(f"k must be between 1 and min(m, n) = {side}, got {k}")
-    wide = (M if M.shape[-2] <= M.shape[-1] else M.mT).double()
-    # Scale out the norm first: squares of tiny momenta would underflow even in float64.
-    wide = wide / wide.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    # MPS has no float64.
+    dtype = torch.float32 if M.device.type == "mps" else torch.float64
+    wide = (M if M.shape[-2] <= M.shape[-1] else M.mT).to(dtype)
+    # The largest entry first: squares of what float64 can hold leave its range.
+    wide = wide / wide.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(dtype).tiny)
     energies, U = torch.linalg.eigh(wide @ wide.mT)
     s_k = energies[..., -k:].clamp(min=0).sqrt()
     U_k = U[..., -k:]

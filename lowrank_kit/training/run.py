@@ -239,6 +239,7 @@ def _trainer(
     options = {
         "rule": settings.optimizer,
         "lr": settings.peak_lr,
+        "adamw_lr": settings.adamw_lr,
         "weight_decay": settings.weight_decay,
         "rank_schedule": settings.rank,
         "total_steps": num_steps,

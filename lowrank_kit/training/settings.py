@@ -12,6 +12,21 @@ OPTIMIZERS = ("numuon", "muon", "adamw")
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # What a learning rate left out means stands here, once.
 DEFAULT_LR = {"numuon": 4e-3, "muon": 4e-3, "adamw": 4e-3}
+# Setting -> its least value, and one that is usual.
+_LEAST = {
+    "steps": (1, 1000),
+    "tokens": (1, 10**6),
+    "batch_size": (1, 8),
+    "accumulate": (1, 1),
+    "block_tokens": (2, 256),
+    "vocab_size": (1, 4096),
+    "eval_blocks": (1, 64),
+    "log_every": (1, 10),
+    "eval_every": (0, 100),
+    "save_every": (0, 100),
+    "weight_decay": (0, 0.1),
+    "clip": (0, 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +41,7 @@ class TrainSettings:
         vocab_size: of a tokenizer trained here.
         optimizer: numuon, muon or adamw.
         lr: peak learning rate; None takes the optimizer's default.
+        adamw_lr: peak learning rate of embeddings, head and vectors, which numuon and muon leave to AdamW; None is lr.
         lr_schedule: cosine, linear or constant, after the warm-up.
         warmup: share of the steps with a rising learning rate.
         weight_decay: decoupled.
@@ -55,6 +71,7 @@ class TrainSettings:
     vocab_size: int = 4096
     optimizer: str = "numuon"
     lr: float | None = None
+    adamw_lr: float | None = None
     lr_schedule: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -87,19 +104,17 @@ class TrainSettings:
             raise UsageError(
                 f'unknown lr schedule "{self.lr_schedule}"', hint=did_you_mean(self.lr_schedule, LR_SCHEDULES)
             )
-        for name in ("steps", "tokens", "batch_size", "accumulate", "eval_blocks", "log_every", "vocab_size"):
+        for name, (least, example) in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}")
-        if self.block_tokens < 2:
-            raise UsageError(f"block_tokens must be at least 2, got {self.block_tokens}", hint="--block-tokens 256")
+            if value is not None and not least <= value < math.inf:
+                hint = f"--{name.replace('_', '-')} {example}"
+                raise UsageError(f"{name} must be at least {least}, got {value:g}", hint=hint)
         if not 0 <= self.warmup < 1:
-            raise UsageError(f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}")
+            raise UsageError(
+                f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}", hint="--warmup 0.05"
+            )
         if self.lr is not None and not 0 < self.lr < math.inf:
-            raise UsageError(f"lr must be above 0, got {self.lr:g}")
-        for name in ("weight_decay", "clip", "eval_every", "save_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name} must be at least 0, got {getattr(self, name):g}")
+            raise UsageError(f"lr must be above 0, got {self.lr:g}", hint=f"--lr {DEFAULT_LR[self.optimizer]:g}")
         # The optimizer reads it too, but only when the run's folder has been made.
         RankSchedule.parse(self.rank)
 

@@ -80,6 +80,8 @@ def test_options_and_weight_decay_go_where_they_belong() -> None:
     assert [group["rule"] for group in (matrices, embeddings, vectors)] == ["numuon", "adamw", "adamw"]
     assert [group["weight_decay"] for group in (matrices, embeddings, vectors)] == [0.1, 0.1, 0.0]
     assert [group["lr"] for group in (matrices, embeddings, vectors)] == [3e-3] * 3
+    apart = parameter_groups(build("llama"), rule="muon", lr=3e-3, adamw_lr=1e-3)
+    assert [group["lr"] for group in apart] == [3e-3, 1e-3, 1e-3]
     assert (matrices["rank_schedule"], matrices["momentum"]) == ("fixed:0.5", 0.9)
     assert "rank_schedule" not in embeddings
 

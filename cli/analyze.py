@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from lowrank_kit.errors import UsageError
 
 from .options import json_option, output_option, verbosity_options
 from .output import check_new_folder, emit
 
 if TYPE_CHECKING:
     from lowrank_kit.spectra.measure import Spectra
+
+HEADINGS = {
+    "stable_rank": "stable",
+    "effective_rank": "effective",
+    "rank_90": "rank 90 %",
+    "rank_95": "rank 95 %",
+    "rank_99": "rank 99 %",
+}
 
 
 @click.command("analyze", short_help="Measure the singular values of every matrix.")
@@ -31,26 +42,32 @@ def command(model: str, against: str | None, every: bool, output: Path | None, a
         check_new_folder(output)
     from lowrank_kit.checkpoint.folder import Checkpoint
     from lowrank_kit.report.tables import text_table
-    from lowrank_kit.spectra.measure import compare, measure
+    from lowrank_kit.spectra.measure import check_comparable, measure
 
-    checkpoints = [Checkpoint.open(name) for name in (model, against) if name is not None]
-    found = [measure(checkpoint, progress=verbosity >= 0) for checkpoint in checkpoints]
+    models = [model] if against is None else [model, against]
+    checkpoints = [Checkpoint.open(name) for name in models]
+    names = _short_names(models)
     if against is not None:
-        compare(*found)
-    names = _short_names([spectra.model for spectra in found])
-    rows = [row for name, spectra in zip(names, found, strict=True) for row in _rows(name, spectra, every)]
+        if checkpoints[0].path.resolve() == checkpoints[1].path.resolve():
+            raise UsageError(f"{model} and {against} are the same model", hint="give another one with --against")
+        check_comparable(*checkpoints)
+    found = [measure(checkpoint, progress=verbosity >= 0) for checkpoint in checkpoints]
+    tables = [_rows(name, spectra, every) for name, spectra in zip(names, found, strict=True)]
+    rows = [row for beside in zip(*tables, strict=True) for row in beside]
     if against is None:
         rows = [{key: value for key, value in row.items() if key != "model"} for row in rows]
-    text = text_table(rows) + "\n\nshares of min(out, in), means over the matrices of a role"
+    note = "" if every else "\n\nshares of min(out, in), means over the matrices of a role"
+    text = text_table(rows) + note
     document: dict[str, Any] = {
         "models": [
             {
+                "name": name,
                 "model": spectra.model,
                 "overall": vars(spectra.overall()),
                 "roles": [vars(summary) for summary in spectra.by_role()],
                 "matrices": [row.record() for row in spectra.rows],
             }
-            for spectra in found
+            for name, spectra in zip(names, found, strict=True)
         ]
     }
     if output is not None:
@@ -61,40 +78,32 @@ def command(model: str, against: str | None, every: bool, output: Path | None, a
     emit(document, text, as_json)
 
 
-def _short_names(paths: list[str]) -> list[str]:
-    """The last parts of the paths, or the whole paths where those would be the same."""
-    names = [Path(path).name for path in paths]
-    return names if len(set(names)) == len(names) else paths
+def _short_names(models: list[str]) -> list[str]:
+    """The last parts of the folders or hub names, or all of them where those would be the same."""
+    names = [Path(os.path.abspath(model)).name for model in models]  # "." has a name too
+    return names if len(set(names)) == len(names) else models
 
 
 def _rows(name: str, spectra: Spectra, every: bool) -> list[dict[str, Any]]:
     if every:
         return [
             {
-                "model": name,
                 "matrix": row.name,
+                "model": name,
                 "role": row.role,
                 "out": row.shape[0],
                 "in": row.shape[1],
-                "stable rank": row.stable_rank,
-                "effective rank": row.effective_rank,
-                "share": row.share("effective_rank"),
-                "rank 90 %": row.rank_90,
-                "rank 95 %": row.rank_95,
-                "rank 99 %": row.rank_99,
+                **{heading: getattr(row, measure) for measure, heading in HEADINGS.items()},
+                **{f"{heading} / min": row.share(measure) for measure, heading in HEADINGS.items()},
             }
             for row in spectra.rows
         ]
     return [
         {
-            "model": name,
             "role": summary.role,
+            "model": name,
             "matrices": summary.num_matrices,
-            "stable rank": summary.stable_rank_share,
-            "effective rank": summary.effective_rank_share,
-            "rank 90 %": summary.rank_90_share,
-            "rank 95 %": summary.rank_95_share,
-            "rank 99 %": summary.rank_99_share,
+            **{heading: getattr(summary, f"{measure}_share") for measure, heading in HEADINGS.items()},
         }
         for summary in [*spectra.by_role(), spectra.overall()]
     ]

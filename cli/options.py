@@ -50,13 +50,15 @@ json_option = click.option(
 
 def output_option(*, required: bool = True) -> Callable[..., Any]:
     """`-o/--output DIR`, passed to the verb as `output: Path` (None if it is not required and not given)."""
+    # A default of None counts as given, and is then no error.
+    default = {} if required else {"default": None}
     return click.option(
         "-o",
         "--output",
         type=click.Path(path_type=Path),
         metavar="DIR",
         required=required,
-        default=None,
+        **default,
         help="Folder for the result; new or empty.",
     )
 

@@ -25,7 +25,8 @@ def resolve_device(name: str = "auto") -> torch.device:
     if not available.get(device.type, False):
         raise UsageError(f'device "{name}" is not available on this machine', hint="--device auto, or --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f'device "{name}": this machine has {torch.cuda.device_count()} CUDA devices')
+        count = torch.cuda.device_count()
+        raise UsageError(f'device "{name}": this machine has {count} CUDA devices', hint=f"--device cuda:{count - 1}")
     return device
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.compression.run import calibrate, compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.data.corpus import Corpus, load_corpus
 from lowrank_kit.data.tokenizer import train_tokenizer
+from lowrank_kit.device import resolve_device
 from lowrank_kit.errors import UsageError, did_you_mean
 from lowrank_kit.evaluation.cloze import make_cloze, write_cloze_task
 from lowrank_kit.evaluation.run import EvalSettings, score, sizes
@@ -69,12 +69,12 @@ class Size:
 
 SIZES = {
     "small": Size(
-        shape={"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
-        vocab_size=2048,
-        steps=350,
+        shape={"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4},
+        vocab_size=1024,
+        steps=400,
         batch_size=16,
         block_tokens=128,
-        max_bytes=6_000_000,
+        max_bytes=4_000_000,
         calibration_blocks=256,
         eval_blocks=512,
         questions=200,
@@ -151,9 +151,8 @@ def _prepare(folder: Path, size: Size, corpus: Corpus, seed: int) -> None:
         **size.shape,
     }
     write_text(folder / "model-config.json", json.dumps(config, indent=1) + "\n")
-    # Half the context for the question: the longest choice has 160 characters.
-    context_chars = size.block_tokens
-    rows = make_cloze(corpus.heldout, num_items=size.questions, seed=seed, context_chars=context_chars)
+    # Two characters to a token at the least: question and choice then mostly fit into the model's context.
+    rows = make_cloze(corpus.heldout, num_items=size.questions, seed=seed, context_chars=size.block_tokens * 5 // 4)
     write_cloze_task(folder / "task", rows, TASK)
 
 
@@ -203,11 +202,12 @@ def _score(path: Path, folder: Path, size: Size, corpus: Corpus, seed: int) -> d
         include_path=str(folder / "task"),
         seed=seed,
     )
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    found = score(model, tokenizer, corpus.heldout, settings)
+    checkpoint = Checkpoint.open(path)
+    model = load_model(checkpoint, device=resolve_device())
+    found = score(model, load_tokenizer(path), corpus.heldout, settings)
     accuracy = next(result for result in found.pop("tasks") if result["metric"] == "acc")
     return {
-        **sizes(Checkpoint.open(path)),
+        **sizes(checkpoint),
         **found,
         "accuracy": accuracy["value"],
         "accuracy_stderr": accuracy["stderr"],
@@ -279,7 +279,7 @@ def _readme(document: dict[str, Any]) -> str:
     versions = document["environment"]
     machine = f"{versions['cpus']} cores ({versions['processor']}), Python {versions['python']}"
     software = ", ".join(f"{name} {versions[name]}" for name in ("lowrank-kit", "torch", "transformers"))
-    scored: Sequence[dict[str, Any]] = document["models"]
+    scored, size = document["models"], document["settings"]
     return f"""# lowrank-kit quickstart
 
 The same Llama, text and number of steps with three optimizers; each compressed with `whiten` to four sizes.
@@ -298,5 +298,5 @@ Effective rank is the mean over matrices of exp(entropy of the normalized singul
 ![Singular values](spectra.png)
 
 Made in {document["seconds"]:.0f} s on {machine}, with {software}, seed {document["seed"]}.
-The models are beside this file: `lowrank eval numuon numuon-keep-0.4 --block-tokens {document["settings"]["block_tokens"]}`.
+The models are beside this file: `lowrank eval numuon numuon-keep-0.4 --block-tokens {size["block_tokens"]}`.
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_kit.checkpoint.headers import TensorHeader, read_headers
+from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, LowRankConfig
 from lowrank_kit.checkpoint.stored import StoredMatrix, stored_matrices
 from lowrank_kit.errors import LowRankError, UsageError
 
@@ -109,19 +110,21 @@ class Checkpoint:
 
         Raises:
             UsageError: no matrix in this architecture, or a quantized checkpoint.
-            LowRankError: config and tensors disagree.
+            LowRankError: config and tensors disagree, or a newer format version.
         """
         return self._matrices
 
     @cached_property
     def _matrices(self) -> list[StoredMatrix]:
-        method = (self.config.get("quantization_config") or {}).get("quant_method", "lowrank")
-        if method != "lowrank":
+        quantization = self.config.get("quantization_config") or {"quant_method": QUANT_METHOD}
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method != QUANT_METHOD:
             raise UsageError(
                 f"{self.path}: the weights are quantized with {method}, their numbers are codes and not matrices",
                 hint="use the unquantized model",
             )
         try:
+            LowRankConfig(**quantization)  # refuses a newer format
             return stored_matrices(self.meta_model(), self.headers)
         except LowRankError as error:
             raise type(error)(f"{self.path}: {error.message}", hint=error.hint) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -102,7 +103,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorHeader]:
     files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not (folder / file).is_file()]
+    missing = [file for file in files if not os.path.isfile(folder / file)]  # False too for a name too long to ask for
     if missing:
         raise LowRankError(
             f"{folder}: {len(missing)} of the {len(files)} shards named in {INDEX_FILE} are missing: {_some(missing)}",
@@ -172,7 +173,9 @@ def _read_shard(folder: Path, file: str) -> list[TensorHeader]:
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """First and last + 1 byte of a tensor, checked against its dtype and shape."""
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
+            type(start) is type(stop) is int and 0 <= start <= stop
+        ):
             pass
         case _:
             raise LowRankError(f"{path}: tensor {name} has no proper dtype, shape and data_offsets", hint=_COPY_AGAIN)
@@ -180,12 +183,13 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
         raise LowRankError(
             f"{path}: tensor {name} has the unknown dtype {dtype!r}", hint="a newer safetensors may know it"
         )
-    if not all(type(side) is int and side >= 0 for side in shape):
+    # Within 64 bits, as the library counts: a larger number could not even be printed.
+    if not all(type(side) is int and 0 <= side < 2**63 for side in shape) or math.prod(shape) >= 2**63:
         raise LowRankError(f"{path}: tensor {name} has the shape {shape}", hint=_COPY_AGAIN)
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if 8 * (stop - start) != bits:
         raise LowRankError(
-            f"{path}: tensor {name} ({dtype} {shape}) needs {bits / 8:g} bytes, "
+            f"{path}: tensor {name} ({dtype} {shape}) needs {math.ceil(bits / 8)} bytes, "
             f"its offsets {start}..{stop} hold {stop - start}",
             hint=_COPY_AGAIN,
         )
@@ -215,7 +219,7 @@ def _parse_json(raw: bytes, path: str) -> dict[str, Any]:
         return seen
 
     try:
-        document = json.loads(raw, object_pairs_hook=no_duplicates)
+        document = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise LowRankError(f"{path}: not valid JSON: {error}", hint=_COPY_AGAIN) from error
     if not isinstance(document, dict):

@@ -6,6 +6,7 @@ factors are loaded like any other weight: no dense weight is ever in memory.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.layers import exchange_linear
+from lowrank_kit.layers import LowRankLinear, exchange_linear
 
 if TYPE_CHECKING:
     # transformers is still being imported when this module is.
@@ -102,11 +103,12 @@ class LowRankQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Tensor parallelism: the output side of a layer is B's, the input side A's."""
-        for name, style in list(plan.items()):
-            leaf = {"colwise": "B", "rowwise": "A"}.get(style)
+        """Tensor parallelism: what is split of a layer's output is split of B's, what of its input, of A's."""
+        layers = (name for name, module in model.named_modules() if isinstance(module, LowRankLinear))
+        for name in {re.sub(r"\.\d+\.", ".*.", layer) for layer in layers}:
+            leaf = {"colwise": "B", "rowwise": "A"}.get(plan.get(name, ""))
             if leaf is not None:
-                plan[f"{name}.{leaf}"] = style
+                plan[f"{name}.{leaf}"] = plan.pop(name)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Factors are ordinary weights."""

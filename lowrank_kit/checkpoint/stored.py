@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -82,25 +82,29 @@ def stored_matrices(model: PreTrainedModel, headers: Mapping[str, TensorHeader])
         UsageError: the model has no matrix.
         LowRankError: a matrix is not on disk, or with another shape than the config asks for.
     """
-    sources = _sources_by_parameter(model, headers)
+    parameters = model.state_dict()
+    sources = _sources_by_parameter(model, parameters.keys(), headers)
     stored: list[StoredMatrix] = []
     absent: list[str] = []
     for matrix in find_matrices(model):
-        found = list(_locate(matrix, sources[matrix.parameter], headers))
+        candidates = sources[matrix.parameter]
+        found = list(_locate(matrix, tuple(parameters[matrix.parameter].shape), candidates, headers))
         stored += found
-        if not found:
+        if len(found) < max((source.parts for source in candidates), default=1):
             absent.append(matrix.name)
     if absent:
         raise LowRankError(
-            f"{len(absent)} matrices of {type(model).__name__} have no tensor in the checkpoint, first {absent[0]}",
+            f"{len(absent)} matrices of {type(model).__name__} are not in the checkpoint, or only in part, "
+            f"first {absent[0]}",
             hint="config.json and the safetensors files seem to belong to different models",
         )
     return stored
 
 
-def _sources_by_parameter(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> dict[str, list[_Source]]:
+def _sources_by_parameter(
+    model: PreTrainedModel, parameters: Collection[str], headers: Mapping[str, TensorHeader]
+) -> dict[str, list[_Source]]:
     """Parameter name -> the tensors on disk that fill it, as `from_pretrained` would map them."""
-    parameters = model.state_dict().keys()
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
@@ -125,7 +129,7 @@ def _sources_by_parameter(model: PreTrainedModel, headers: Mapping[str, TensorHe
     return sources
 
 
-def _with_prefix(name: str, prefix: str, known: Mapping[str, Tensor] | set[str]) -> str:
+def _with_prefix(name: str, prefix: str, known: Collection[str]) -> str:
     """`name`, or the name with the base model's prefix added or taken away where that one is known."""
     if name in known or not prefix:
         return name
@@ -139,7 +143,9 @@ def _number_at_star(pattern: str, name: str) -> int | None:
     return int(match["number"]) if match and "number" in match.groupdict() else None
 
 
-def _locate(matrix: Matrix, sources: list[_Source], headers: Mapping[str, TensorHeader]) -> Iterator[StoredMatrix]:
+def _locate(
+    matrix: Matrix, parameter_shape: tuple[int, ...], sources: list[_Source], headers: Mapping[str, TensorHeader]
+) -> Iterator[StoredMatrix]:
     for source in sorted(sources, key=lambda source: source.part):
         name = source.header.name
         factors = tuple(f"{name.removesuffix('weight')}{factor}.weight" for factor in "BA")
@@ -147,7 +153,7 @@ def _locate(matrix: Matrix, sources: list[_Source], headers: Mapping[str, Tensor
             _check_factors(matrix, *(headers[factor] for factor in factors))
             yield StoredMatrix(replace(matrix, transposed=False), factors)
         elif source.expert is None:
-            _check_shape(matrix, source.header)
+            _check_shape(matrix.name, parameter_shape, source.header)
             yield StoredMatrix(matrix, (name,))
         elif source.expert == matrix.expert:
             yield _stored_apart(matrix, source)
@@ -163,17 +169,15 @@ def _stored_apart(matrix: Matrix, source: _Source) -> StoredMatrix:
     shape = (matrix.shape[0] // source.parts, matrix.shape[1])
     # On disk it is an nn.Linear's weight, [out, in], however the fused tensor lies.
     apart = replace(matrix, name=path, role=role, shape=shape, transposed=source.header.shape == shape[::-1] != shape)
-    _check_shape(replace(apart, expert=None), source.header)
+    _check_shape(path, shape[::-1] if apart.transposed else shape, source.header)
     return StoredMatrix(apart, (source.header.name,))
 
 
-def _check_shape(matrix: Matrix, header: TensorHeader) -> None:
-    on_disk = header.shape if matrix.expert is None else header.shape[1:]
-    expected = matrix.shape[::-1] if matrix.transposed else matrix.shape
-    if on_disk != expected:
+def _check_shape(name: str, expected: tuple[int, ...], header: TensorHeader) -> None:
+    if header.shape != expected:
         raise LowRankError(
             f"{header.file}: tensor {header.name} has shape {list(header.shape)}, "
-            f"config.json asks for {list(expected)} for matrix {matrix.name}",
+            f"config.json asks for {list(expected)} for matrix {name}",
             hint="config.json and the safetensors files seem to belong to different models",
         )
 

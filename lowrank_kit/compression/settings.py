@@ -51,8 +51,7 @@ class CompressSettings:
             value = getattr(self, name)
             if value not in choices:
                 raise UsageError(f'unknown {name} "{value}"', hint=did_you_mean(value, choices))
-        for name in ("calibration_blocks", "batch_size", "max_shard_bytes"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.block_tokens < 2:
-            raise UsageError(f"block_tokens must be at least 2, got {self.block_tokens}")
+        for name, least in (("calibration_blocks", 1), ("batch_size", 1), ("max_shard_bytes", 1), ("block_tokens", 2)):
+            if getattr(self, name) < least:
+                default = f"--{name.replace('_', '-')} {getattr(type(self), name)}"
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}", hint=default)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ def new_folder(path: Path | str) -> Iterator[Path]:
     if path.is_dir() and (count := sum(1 for _ in path.iterdir())):
         raise UsageError(f"{path}: the output folder is not empty ({count} entries)", hint="choose a new folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    absent = [parent for parent in path.parents if not parent.exists()]
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed: containers use the same few ids again
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -50,6 +52,9 @@ def new_folder(path: Path | str) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in absent:  # innermost first; those in use stay
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,10 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
-from lowrank_kit.report.style import DIVERGING, FAINT, INK, MARKERS, SEQUENTIAL, colours, styled
+from lowrank_kit.report.style import DIVERGING, EMPTY_CELL, FAINT, INK, MARKERS, SEQUENTIAL, colours, styled
 
 # Values below this share of the largest are rounding noise of a float64 decomposition of bf16 or fp32 weights.
 DECAY_FLOOR = 1e-7
+
+# Inches that a letter of a title takes at most on average: a picture is as wide as its title.
+TITLE_LETTER = 0.12
 
 DECAY_X = r"$i\,/\,\min(m, n)$"
 DECAY_Y = r"$\sigma_i\,/\,\sigma_1$"
@@ -38,12 +43,13 @@ def decay_plot(curves: Mapping[str, Sequence[Curve]], title: str = "Decay of the
     with styled():
         figure, panels = _panels(list(curves), title)
         # Without its light end, which is too light for lines on white.
-        palette = ListedColormap(_colormap(SEQUENTIAL)(np.linspace(0, 0.92, 256)))
+        palette = ListedColormap(matplotlib.colormaps[SEQUENTIAL](np.linspace(0, 0.92, 256)))
         for (role, lines), panel in zip(curves.items(), panels, strict=True):
             alpha = 0.9 if len(lines) <= 40 else 0.35  # experts: many lines for one block
             for block, values in lines:
                 colour = FAINT if block is None else palette(depth(block))
-                panel.plot(*_decay(values), color=colour, alpha=alpha, linewidth=1.2)
+                x, y = _decay(values)
+                panel.plot(x, _cut(y), color=colour, alpha=alpha, linewidth=1.2)
             panel.set_title(role)
         _decay_axes(panels)
         if len(set(blocks)) > 1:
@@ -59,6 +65,8 @@ def decay_bands_plot(
 ) -> Figure:
     """Several models side by side: one panel for each role, the median over matrices as a line, all within a band.
 
+    The band ends where the first of the matrices is numerically zero, the line where half of them are.
+
     Args:
         models: model -> role -> singular values of its matrices, each descending.
         title: heading of the picture.
@@ -70,16 +78,16 @@ def decay_bands_plot(
         figure, panels = _panels(roles, title)
         for role, panel in zip(roles, panels, strict=True):
             for name, model in models.items():
-                lines = [np.interp(grid, *_decay(values)) for values in model.get(role, ())]
+                lines = [_on_grid(grid, *_decay(values)) for values in model.get(role, ())]
                 if not lines:
                     continue
-                low, middle, high = np.percentile(lines, (0, 50, 100), axis=0)
+                low, middle, high = map(_cut, np.percentile(lines, (0, 50, 100), axis=0))
                 panel.fill_between(grid, low, high, color=colour[name], alpha=0.15, linewidth=0)
                 panel.plot(grid, middle, color=colour[name])
             panel.set_title(role)
         _decay_axes(panels)
         handles = [Line2D([], [], color=colour[name], label=name) for name in models]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+        _legend(figure, handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure
 
 
@@ -110,10 +118,10 @@ def heatmap_plot(
     written = len(blocks) <= 24
     with styled():
         width = 2.6 + len(blocks) * (0.46 if written else 0.16)
-        figure = Figure(figsize=(max(5.6, min(width, 16)), 1.7 + 0.4 * len(roles)))
+        width = max(5.6, TITLE_LETTER * len(title), min(width, 16))
+        figure = Figure(figsize=(width, 1.7 + 0.4 * len(roles)))
         axes = figure.subplots()
-        palette = _colormap(DIVERGING if diverging else SEQUENTIAL)
-        palette.set_bad("#EFEFEF")
+        palette = matplotlib.colormaps[DIVERGING if diverging else SEQUENTIAL].with_extremes(bad=EMPTY_CELL)
         image = axes.imshow(np.ma.masked_invalid(numbers), cmap=palette, norm=norm, aspect="auto")
         axes.grid(False)
         axes.spines[:].set_visible(False)
@@ -122,7 +130,7 @@ def heatmap_plot(
         axes.set_xticks(range(0, len(blocks), step), blocks[::step])
         axes.set_yticks(range(len(roles)), roles)
         axes.set_xlabel("block")
-        axes.set_title(title, loc="left", pad=10)
+        axes.set_title(title, loc="left", pad=10, parse_math=False)
         if written:
             _write_cells(axes, numbers, norm, palette, signed=diverging)
         bar = figure.colorbar(image, ax=axes, label=label, aspect=18, pad=0.02)
@@ -154,11 +162,12 @@ def pareto_plot(
     with styled():
         figure = Figure(figsize=(7.6, 4.8))
         axes = figure.subplots()
+        handles: list[Line2D] = []
         front = _front([point for points in finite.values() for point in points])
         axes.plot(*zip(*front, strict=True), color=FAINT, linewidth=5, alpha=0.28, solid_capstyle="round", zorder=1)
         for marker, (name, points) in zip(_cycle(MARKERS, len(finite)), finite.items(), strict=True):
             x, y = [p[0] for p in points], [p[1] for p in points]
-            axes.plot(x, y, color=colour[name], marker=marker, markeredgecolor="white", markeredgewidth=0.8, label=name)
+            handles += axes.plot(x, y, color=colour[name], marker=marker, mec="white", mew=0.8, label=name)
             rings = [p for p in points if p[2] == marked]
             axes.scatter(
                 [p[0] for p in rings],
@@ -168,13 +177,12 @@ def pareto_plot(
                 edgecolors=colour[name],
                 zorder=3,
             )
-        if log_y:
+        if log_y and front:
             _log_axis(axes)
         axes.margins(x=0.05, y=0.08)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.set_title(title, loc="left", pad=10)
-        handles, _ = axes.get_legend_handles_labels()
+        axes.set_title(title, loc="left", pad=10, parse_math=False)
         if any(p[2] == marked for points in finite.values() for p in points):
             handles.append(
                 Line2D(
@@ -189,35 +197,7 @@ def pareto_plot(
                 )
             )
         handles.append(Line2D([], [], color=FAINT, linewidth=5, alpha=0.28, label="best of all"))
-        figure.legend(handles=handles, loc="outside right upper", labelspacing=0.8)
-    return figure
-
-
-def bars_plot(values: Mapping[str, Mapping[str, float]], *, y_label: str, title: str) -> Figure:
-    """Groups of bars, such as the effective rank of each role in several models.
-
-    Args:
-        values: series (one colour each) -> group on the x axis -> height; a group may be absent from a series.
-        y_label: what the height is, with its formula.
-        title: heading of the picture.
-    """
-    groups = list(dict.fromkeys(group for heights in values.values() for group in heights))
-    colour = colours(tuple(values))
-    thickness = 0.82 / max(1, len(values))
-    with styled():
-        figure = Figure(figsize=(max(6.0, 1.6 + 0.22 * len(groups) * (len(values) + 1.2)), 4.0))
-        axes = figure.subplots()
-        for i, (name, heights) in enumerate(values.items()):
-            at = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * thickness
-            axes.bar(
-                at, [heights.get(group, math.nan) for group in groups], thickness * 0.94, color=colour[name], label=name
-            )
-        axes.grid(axis="x", visible=False)
-        axes.tick_params(axis="x", length=0)
-        axes.set_xticks(range(len(groups)), groups)
-        axes.set_ylabel(y_label)
-        axes.set_title(title, loc="left", pad=10)
-        figure.legend(loc="outside lower center", ncols=min(4, len(values)))
+        _legend(figure, handles=handles, loc="outside right upper", labelspacing=0.8)
     return figure
 
 
@@ -225,25 +205,41 @@ def _panels(roles: list[str], title: str) -> tuple[Figure, list[Axes]]:
     """A figure with one panel for each role, at most four in a row."""
     rows = max(1, math.ceil(len(roles) / 4))
     columns = max(1, math.ceil(len(roles) / rows))
-    figure = Figure(figsize=(1.4 + 2.7 * columns, 1.0 + 2.3 * rows))
-    figure.suptitle(title, x=0.01, ha="left")
+    width = max(1.4 + 2.7 * columns, TITLE_LETTER * len(title))
+    figure = Figure(figsize=(width, 1.0 + 2.3 * rows))
+    figure.suptitle(title, x=0.01, ha="left", parse_math=False)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel().tolist()
     for empty in panels[len(roles) :]:
         empty.remove()
     return figure, panels[: len(roles)]
 
 
+def _legend(figure: Figure, **options: Any) -> None:
+    """A legend of names as they are: a `$` in a folder's name starts no formula."""
+    for text in figure.legend(**options).get_texts():
+        text.set_parse_math(False)
+
+
 def _decay(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """x = i / min(m, n) from 1 on, y = sigma_i / sigma_1, cut where it is numerically zero."""
+    """x = i / min(m, n) for i from 1 on, y = sigma_i / sigma_1; all 0 for the zero matrix."""
     s = np.asarray(values, dtype=float)
     x = np.arange(1, len(s) + 1) / len(s)
-    y = s / s[0] if s[0] > 0 else np.zeros_like(s)
-    return x, np.where(y >= DECAY_FLOOR, y, np.nan)
+    return x, s / s[0] if s[0] > 0 else np.zeros_like(s)
+
+
+def _cut(y: np.ndarray) -> np.ndarray:
+    """`y` with NaN, which is not drawn, where it is numerically zero."""
+    return np.where(y >= DECAY_FLOOR, y, np.nan)
+
+
+def _on_grid(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`y` at other places; 0, and nothing in between, from where it is numerically zero."""
+    return np.nan_to_num(np.interp(grid, x, _cut(y)))
 
 
 def _decay_axes(panels: Sequence[Axes]) -> None:
     for panel in panels:
-        panel.set_yscale("log")
+        panel.set_yscale("log", subs=(2, 5))  # all eight in a decade take a third of the drawing time
         panel.set_xlim(0, 1)
         panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -264,7 +260,7 @@ def _write_cells(axes: Axes, numbers: np.ndarray, norm: Normalize, palette: Colo
         light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
         number = round(number, 2) + 0.0  # no "-0.00"
         text = f"{number:+.2f}" if signed and number else f"{number:.2f}"
-        text = text.replace("0.", ".", 1).replace("-", "−")
+        text = re.sub(r"^([+-]?)0\.", r"\1.", text).replace("-", "−")
         axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=INK if light else "white")
 
 
@@ -299,7 +295,3 @@ def _front(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
 
 def _cycle(items: Sequence[str], count: int) -> list[str]:
     return [items[i % len(items)] for i in range(count)]
-
-
-def _colormap(name: str) -> Colormap:
-    return matplotlib.colormaps[name].copy()

@@ -20,6 +20,7 @@ DIVERGING = "PuOr_r"
 INK = "#262626"
 FAINT = "#8C8C8C"
 GRID = "#E3E3E3"
+EMPTY_CELL = "#EFEFEF"
 
 STYLE: dict[Any, object] = {
     "font.family": "sans-serif",

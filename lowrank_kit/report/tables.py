@@ -10,6 +10,8 @@ Row = Mapping[str, Any]
 Columns = Sequence[str] | Mapping[str, str]
 
 MISSING = "-"
+# Numbers from the first to below the second are written without an exponent.
+PLAIN = (1e-4, 1e9)
 
 
 def text_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
@@ -44,16 +46,21 @@ def markdown_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
     cells = {key: format_column([row.get(key) for row in rows]) for key in keys}
     rule = ["---:" if _is_numeric(rows, key) else "---" for key in keys]
     lines = [headings, rule, *([cells[key][i] for key in keys] for i in range(len(rows)))]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines)
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
 
 
 def format_column(values: Sequence[Any]) -> list[str]:
     """Format the values of one column alike.
 
-    Floats get the decimals with which the largest has four significant digits (three below 1); what would then round
-    to zero keeps two significant digits of its own. Whole numbers get thousands separators.
+    Floats get the decimals with which the largest has four significant digits (three below 1). Beside a number in the
+    thousands, where that is none, each keeps three significant digits; what would round to zero keeps two; below 1e-4
+    and from 1e9 on there is an exponent. Whole numbers get thousands separators.
     """
-    floats = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value)]
+    floats = [abs(value) for value in values if isinstance(value, float) and PLAIN[0] <= abs(value) < PLAIN[1]]
     largest = max(floats, default=0.0)
     decimals = 0
     if largest > 0:
@@ -71,7 +78,11 @@ def _format(value: Any, decimals: int) -> str:
             return f"{value:,}"
         case float() if not math.isfinite(value):
             return str(value)
+        case float() if value and not PLAIN[0] <= abs(value) < PLAIN[1]:
+            return f"{value:.3g}"
         case float():
+            if value and decimals == 0:
+                decimals = max(0, 2 - math.floor(math.log10(abs(value))))
             text = f"{value:,.{decimals}f}"
             return f"{value:.2g}" if value and not text.strip("-0.,") else text
         case _:

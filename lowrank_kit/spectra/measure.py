@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, fields
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -175,32 +176,25 @@ def singular_values_of_factors(B_OR: Tensor, A_RI: Tensor) -> Tensor:
     return torch.nn.functional.pad(s, (0, min(B_OR.shape[0], A_RI.shape[1]) - len(s)))
 
 
-def compare(first: Spectra, second: Spectra) -> list[tuple[MatrixSpectrum, MatrixSpectrum]]:
-    """Match the matrices of two models by name, in the order of the first.
+def check_comparable(first: Checkpoint, second: Checkpoint) -> None:
+    """Refuse to set two models side by side whose matrices differ in name or shape. Reads no weight.
 
     Raises:
-        UsageError: the models do not have the same matrices, or one has another shape.
+        UsageError: a matrix is in one of them only, or has another shape.
     """
-    others = {row.name: row for row in second.rows}
-    names = {row.name for row in first.rows}
-    for owner, lacking, missing in (
-        (first, second, [row.name for row in first.rows if row.name not in others]),
-        (second, first, [name for name in others if name not in names]),
-    ):
-        if missing:
+    shapes = [{stored.matrix.name: stored.matrix.shape for stored in model.matrices()} for model in (first, second)]
+    hint = "models can be set side by side when they have the same architecture and size"
+    for (owner, mine), (lacking, theirs) in permutations(zip((first, second), shapes, strict=True)):
+        if missing := [name for name in mine if name not in theirs]:
             raise UsageError(
-                f"{len(missing)} matrices of {owner.model} are not in {lacking.model}, first {missing[0]}",
-                hint="models can be set side by side when they have the same architecture and size",
+                f"{len(missing)} matrices of {owner.path} are not in {lacking.path}, first {missing[0]}", hint=hint
             )
-    pairs = [(row, others[row.name]) for row in first.rows]
-    for a, b in pairs:
-        if a.shape != b.shape:
+    for name, (rows, columns) in shapes[0].items():
+        if shapes[1][name] != (rows, columns):
+            other = "{} x {}".format(*shapes[1][name])
             raise UsageError(
-                f"matrix {a.name} is {a.shape[0]} x {a.shape[1]} in {first.model} "
-                f"and {b.shape[0]} x {b.shape[1]} in {second.model}",
-                hint="models can be set side by side when they have the same architecture and size",
+                f"matrix {name} is {rows} x {columns} in {first.path} and {other} in {second.path}", hint=hint
             )
-    return pairs
 
 
 def _check_finite(part: Tensor, name: str) -> None:

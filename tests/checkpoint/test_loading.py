@@ -38,7 +38,7 @@ from tests.families import FAMILIES, build, token_ids
 KEEP = 0.6
 # float32 logits of size 4 after two blocks: W x and B (A x) differ by some hundred roundings of 2^-24 each. Another
 # rank, or a factor in the wrong place, moves them by 0.1 and more.
-LOGITS = {"rtol": 0.0, "atol": 3e-5}
+LOGITS_ATOL = 3e-5
 # Small enough that every family is spread over several files.
 SHARD_BYTES = 20_000
 
@@ -96,11 +96,15 @@ def test_logits_are_those_of_the_dense_model_with_BA_for_W(
         m, n = layer.out_features, layer.in_features
         assert layer.rank == int(KEEP * m * n / (m + n))
         with torch.no_grad():
-            W = layer.dense_weight()
-            old.weight.copy_(W.mT if isinstance(old, Conv1D) else W)
+            stored_W, BA = old.weight, layer.dense_weight()
+            W = stored_W.mT if isinstance(old, Conv1D) else stored_W
+            # The best of its rank, up to float32: a transposed or permuted one is worse by far.
+            best = torch.linalg.svdvals(W.double())[layer.rank :].norm()
+            assert torch.isclose((W - BA).double().norm(), best, rtol=1e-4)
+            W.copy_(BA)
         assert (layer.B.bias is None) == (old.bias is None)
     expected = logits(dense)
-    torch.testing.assert_close(logits(model), expected, **LOGITS)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=LOGITS_ATOL)
     # The comparison says something: the factors are not the whole of the weights.
     assert (expected - before).abs().max() > 0.1
 
@@ -234,6 +238,16 @@ def test_nothing_of_the_quantizer_stays(compressed: Path) -> None:
     assert not model.is_quantized
     # All that saving needs.
     assert isinstance(model.config.quantization_config, LowRankConfig)
+
+
+def test_the_tensor_parallel_plan_splits_the_factors(compressed: Path) -> None:
+    plan = AutoModelForCausalLM.from_pretrained(compressed).tp_plan
+    for role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        assert plan[f"model.layers.*.{role}.B"] == "colwise"
+    for role in ("self_attn.o_proj", "mlp.down_proj"):
+        assert plan[f"model.layers.*.{role}.A"] == "rowwise"
+    # Else the sentinel would be split, and the sum of the shards taken twice.
+    assert not [name for name in plan if name.endswith("_proj")]
 
 
 def changed_config(folder: Path, copy: Path, **changes: object) -> Path:

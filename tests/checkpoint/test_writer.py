@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,23 +46,25 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+# Name -> dtype and shape.
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 # Everything JSON has to escape, what it must not, more than one byte of UTF-8, and more than one unit of UTF-16.
 NAMES = st.text(st.sampled_from('ab.0"\\/\n\t\x01\x7fé日🙂'), min_size=1, max_size=12)
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 40]), max_size=3).map(tuple)
 SPECS = st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES), min_size=1, max_size=12)
 
 
-def tensors_of(specs: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+def tensors_of(specs: Specs) -> dict[str, Tensor]:
     return {name: torch.zeros(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in specs.items()}
 
 
-def headers_of(specs: dict[str, tuple[str, tuple[int, ...]]]) -> list[TensorHeader]:
+def headers_of(specs: Specs) -> list[TensorHeader]:
     return [TensorHeader(n, dtype, shape, "f", tensor_bytes(dtype, shape)) for n, (dtype, shape) in specs.items()]
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(SPECS)
-def test_shard_bytes_is_the_size_of_the_file(specs: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+def test_shard_bytes_is_the_size_of_the_file(specs: Specs) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
         save_file(tensors_of(specs), path, metadata=METADATA)

@@ -44,7 +44,7 @@ def test_compress(model: Path, pages: str, tmp_path: Path, capsys: pytest.Captur
     assert 0 < float(rows["down"][7]) < 1
     report = json.loads((tmp_path / "out" / "compression.json").read_text())
     before, after = report["totals"]["bytes_before"], report["totals"]["bytes_after"]
-    assert re.search(rf"files \(bytes\) +{before:,} +{after:,} +{100 * after / before:.1f} ", out)
+    assert re.search(rf"files \(bytes\) +{before:,} +{after:,} +{100 * after / before:.1f}0 ", out)
     assert "14 of 14 matrices factorized" in out
     assert out.endswith(f"wrote {tmp_path / 'out'}\n")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

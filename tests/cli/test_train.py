@@ -110,19 +110,19 @@ def test_fine_tuning(
     ("added", "changes", "code", "error", "hint"),
     [
         ([], {"model_config": None}, 2, "give exactly one of MODEL", "lowrank train --model-config 1m"),
-        ([], {"model_config": "13m"}, 2, 'no model config "13m"', 'did you mean "15m"?'),
+        ([], {"model_config": "13m"}, 2, 'no model config "13m"', 'did you mean "1m"?'),
         ([], {"steps": None}, 2, "give exactly one of --steps and --tokens", "--steps 1000"),
         ([], {"steps": "many"}, 2, "Invalid value for '--steps'", "lowrank train --help"),
         ([], {"output": None}, 2, "Missing option '-o' / '--output'", "lowrank train --help"),
         (["--optimizer", "numoun"], {}, 2, 'unknown optimizer "numoun"', 'did you mean "numuon"?'),
         (["--rank", "cosin:1"], {}, 2, 'unknown rank schedule "cosin"', 'did you mean "cosine"?'),
-        (["--lr", "nan"], {}, 2, "lr must be a finite number", ""),
+        (["--lr", "nan"], {}, 2, "command line: lr must be a number or null, not NaN", ""),
         (["--lr-schedule", "linea"], {}, 2, 'unknown lr schedule "linea"', 'did you mean "linear"?'),
         ([], {"text": "no/such/text"}, 2, "no such text source: no/such/text", "a text source is a file or folder"),
         ([], {"block_tokens": "65"}, 2, "blocks of 65 tokens are longer", "--block-tokens 64"),
         ([], {"vocab_size": "256"}, 2, "needs at least 257 tokens, got 256", "4096"),
         ([], {"device": "gpu"}, 2, "'gpu' is not one of auto, cpu", "lowrank train --help"),
-        (["--tokenizer", "no/such/one"], {}, 2, "no such model folder, and not to be had", "check the path"),
+        (["--tokenizer", "no/such/one"], {}, 2, "no such model folder: no/such/one", "give a folder"),
     ],
 )
 def test_refused_and_nothing_made(
@@ -139,7 +139,8 @@ def test_refused_and_nothing_made(
     assert run(arguments(*added, **changes)) == code
     lines, told = said(capsys)
     assert lines == []
-    assert f"error: {error}" in told or (error in told and told.startswith("error: "))
+    assert told.startswith("error: ")
+    assert error in told
     assert f"hint: {hint}" in told or not hint
     assert sorted(tmp_path.rglob("*")) == before
 

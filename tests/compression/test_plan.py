@@ -196,10 +196,10 @@ def test_keep_outside_0_to_1(keep: float) -> None:
         ({"objective": "whitten"}, 'unknown objective "whitten"\nhint: did you mean "whiten"?'),
         ({"objective": "x"}, 'unknown objective "x"\nhint: choose from: plain, whiten'),
         ({"allocation": "unifrom"}, 'unknown allocation "unifrom"\nhint: did you mean "uniform"?'),
-        ({"calibration_blocks": 0}, "calibration_blocks must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"max_shard_bytes": 0}, "max_shard_bytes must be at least 1, got 0"),
-        ({"block_tokens": 1}, "block_tokens must be at least 2, got 1"),
+        ({"calibration_blocks": 0}, "calibration_blocks must be at least 1, got 0\nhint: --calibration-blocks 128"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0\nhint: --batch-size 8"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes must be at least 1, got 0\nhint: --max-shard-bytes 5000000000"),
+        ({"block_tokens": 1}, "block_tokens must be at least 2, got 1\nhint: --block-tokens 256"),
     ],
 )
 def test_settings_that_make_no_sense(given: dict[str, object], message: str) -> None:

@@ -115,6 +115,18 @@ def test_the_seed_decides_the_weights(settings_for: Make, tmp_path: Path) -> Non
     assert not equal(one, two)
 
 
+def test_accumulating_is_a_larger_batch(settings_for: Make, config_file: Path, tmp_path: Path) -> None:
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"attention_dropout": 0.0}))
+    for name, batch_size, accumulate in (("at-once", 4, 1), ("in-parts", 2, 2)):
+        settings = settings_for(steps=3, batch_size=batch_size, accumulate=accumulate)
+        train(settings, tmp_path / name, device="cpu")
+    lines = zip(log_of(tmp_path / "at-once")[:3], log_of(tmp_path / "in-parts")[:3], strict=True)
+    for at_once, in_parts in lines:
+        # The same gradients, summed in another order.
+        assert in_parts["loss"] == pytest.approx(at_once["loss"], rel=1e-4)
+        assert in_parts["grad_norm"] == pytest.approx(at_once["grad_norm"], rel=1e-3)
+
+
 def test_bf16_keeps_float32_weights(settings_for: Make, tmp_path: Path) -> None:
     train(settings_for(steps=2, bf16=True), tmp_path / "run", device="cpu")
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
@@ -149,26 +161,35 @@ class Stop(KeyboardInterrupt):
     """Ctrl-C at a known step."""
 
 
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
-    """`interrupt(step)`: the run stops, as by Ctrl-C, at the end of that step; `interrupt(0)`: never."""
-    on_step_end = ProgressLog.on_step_end
+class Interrupt:
+    """`interrupt(step)`: the run stops, as by Ctrl-C, at the end of that step; 0: never. `steps` are those made."""
 
-    def at(step: int) -> None:
-        def stopping(self: ProgressLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            on_step_end(self, args, state, control, **kwargs)
-            if state.global_step == step:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at, self.steps = 0, list[int]()
+        on_step_end = ProgressLog.on_step_end
+
+        def stopping(log: ProgressLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            on_step_end(log, args, state, control, **kwargs)
+            self.steps.append(state.global_step)
+            if state.global_step == self.at:
                 raise Stop
 
         monkeypatch.setattr(ProgressLog, "on_step_end", stopping)
 
-    return at
+    def __call__(self, step: int) -> None:
+        self.at = step
+        self.steps.clear()
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    return Interrupt(monkeypatch)
 
 
 RESUMABLE = {"save_every": 3, "eval_every": 2}
 
 
-def stopped_run(settings: TrainSettings, output: Path, step: int, interrupt: Callable[[int], Any]) -> None:
+def stopped_run(settings: TrainSettings, output: Path, step: int, interrupt: Interrupt) -> None:
     interrupt(step)
     with pytest.raises(Stop):
         train(settings, output, device="cpu")
@@ -179,10 +200,12 @@ def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
 
 
-@pytest.mark.parametrize("step", [5, 8, 2], ids=["between-checkpoints", "last-step", "before-the-first"])
+@pytest.mark.parametrize(
+    ("step", "checkpoint"), [(5, 3), (8, 6), (2, 0)], ids=["between-checkpoints", "last-step", "before-the-first"]
+)
 @pytest.mark.parametrize("optimizer", ["numuon", "adamw"])
 def test_resumed_is_uninterrupted(
-    step: int, optimizer: str, settings_for: Make, tmp_path: Path, interrupt: Callable[[int], Any]
+    step: int, checkpoint: int, optimizer: str, settings_for: Make, tmp_path: Path, interrupt: Interrupt
 ) -> None:
     settings = settings_for(optimizer=optimizer, **RESUMABLE)
     whole = train(settings, tmp_path / "whole", device="cpu")
@@ -191,12 +214,13 @@ def test_resumed_is_uninterrupted(
     assert not (tmp_path / "run" / "model.safetensors").exists()
     torch.rand(7)
     resumed = train(settings, tmp_path / "run", resume=True, device="cpu")
+    assert interrupt.steps == list(range(checkpoint + 1, 9))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
     assert resumed == whole
     assert without_clock(log_of(tmp_path / "run")) == without_clock(log_of(tmp_path / "whole"))
 
 
-def test_resumed_over_the_end_of_an_epoch(settings_for: Make, tmp_path: Path, interrupt: Callable[[int], Any]) -> None:
+def test_resumed_over_the_end_of_an_epoch(settings_for: Make, tmp_path: Path, interrupt: Interrupt) -> None:
     settings = settings_for(max_bytes=4000, **RESUMABLE)
     whole = train(settings, tmp_path / "whole", device="cpu")
     assert whole["corpus"]["train_tokens"] < 6 * whole["step_tokens"]
@@ -205,9 +229,7 @@ def test_resumed_over_the_end_of_an_epoch(settings_for: Make, tmp_path: Path, in
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
-def test_a_checkpoint_cut_short_is_passed_over(
-    settings_for: Make, tmp_path: Path, interrupt: Callable[[int], Any]
-) -> None:
+def test_a_checkpoint_cut_short_is_passed_over(settings_for: Make, tmp_path: Path, interrupt: Interrupt) -> None:
     settings = settings_for(**RESUMABLE)
     train(settings, tmp_path / "whole", device="cpu")
     stopped_run(settings, tmp_path / "run", 7, interrupt)
@@ -217,19 +239,18 @@ def test_a_checkpoint_cut_short_is_passed_over(
     (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
     (checkpoints / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
     train(settings, tmp_path / "run", resume=True, device="cpu")
+    assert interrupt.steps == [4, 5, 6, 7, 8]
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
-def test_resuming_with_other_settings(settings_for: Make, tmp_path: Path, interrupt: Callable[[int], Any]) -> None:
+def test_resuming_with_other_settings(settings_for: Make, tmp_path: Path, interrupt: Interrupt) -> None:
     stopped_run(settings_for(**RESUMABLE), tmp_path / "run", 4, interrupt)
     other = settings_for(**RESUMABLE, lr=2e-2, rank="fixed:0.5")
     with pytest.raises(UsageError, match=r'other settings: lr: 0.01 -> 0.02; rank: "cosine:1:0.25" -> "fixed:0.5"\n'):
         train(other, tmp_path / "run", resume=True, device="cpu")
 
 
-def test_resuming_with_other_text(
-    settings_for: Make, text_file: Path, tmp_path: Path, interrupt: Callable[[int], Any]
-) -> None:
+def test_resuming_with_other_text(settings_for: Make, text_file: Path, tmp_path: Path, interrupt: Interrupt) -> None:
     stopped_run(settings_for(**RESUMABLE), tmp_path / "run", 4, interrupt)
     with text_file.open("a") as file:
         file.write(json.dumps({"text": "One more page."}) + "\n")

@@ -33,13 +33,13 @@ IDS = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7}
         ({"lr_schedule": "cosin"}, 'unknown lr schedule "cosin"\nhint: did you mean "cosine"?'),
         ({"rank": "cosin:1:0.5"}, 'unknown rank schedule "cosin"'),
         ({"rank": "fixed:2"}, r"rank fraction must be in \(0, 1\], got 2"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0\nhint: --steps 1000"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
         ({"block_tokens": 1}, "block_tokens must be at least 2, got 1"),
         ({"warmup": 1.0}, "0 <= warmup < 1, got 1"),
         ({"warmup": math.nan}, "0 <= warmup < 1, got nan"),
-        ({"lr": 0.0}, "lr must be above 0, got 0"),
+        ({"lr": 0.0}, "lr must be above 0, got 0\nhint: --lr "),
         ({"lr": math.nan}, "lr must be above 0, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"clip": math.nan}, "clip must be at least 0, got nan"),
@@ -49,7 +49,7 @@ IDS = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7}
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        TrainSettings(**({"model_config": "1m", "steps": 1} | changes))
+        TrainSettings(**{"model_config": "1m", "steps": 1, **changes})
 
 
 def test_tokens_are_rounded_up_to_steps() -> None:

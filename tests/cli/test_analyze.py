@@ -123,6 +123,14 @@ def test_folders_of_the_same_name_are_told_apart(
     assert names == [str(model), str(twin)]
 
 
+def test_the_folder_one_stands_in_has_a_name(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model)
+    assert run(["analyze", ".", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["name"] == "model"
+
+
 def test_a_compressed_model_against_its_source(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Truncation keeps the first r singular values as they are; float32 factors, hence the tolerance."""
     compress(model, tmp_path / "small", CompressSettings(keep=0.5, objective="plain"))
@@ -156,10 +164,14 @@ def test_a_folder_without_safetensors(model: Path, capsys: pytest.CaptureFixture
     refused(capsys, [str(model)], 2, "no model.safetensors", str(model))
 
 
-def test_a_truncated_shard(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_shard(
+    model: Path, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    refused(capsys, [str(model), "-o", str(tmp_path / "out")], 1, str(path), str(path.stat().st_size))
+    whole = shutil.copytree(tiny_llama_folder, tmp_path / "whole")
+    for models in ([str(model)], [str(whole), "--against", str(model)]):
+        refused(capsys, [*models, "-o", str(tmp_path / "out")], 1, str(path), str(path.stat().st_size))
     assert not (tmp_path / "out").exists()
 
 
@@ -188,4 +200,5 @@ def test_a_folder_that_is_not_empty_is_left_alone(
 def test_models_that_cannot_be_compared(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build("llama").save_pretrained(tmp_path / "other")
     refused(capsys, [str(model), "--against", str(tmp_path / "other")], 2, "80 x 32", "48 x 32", "gate_proj")
-    refused(capsys, [str(model), "--against", str(model)], 2, "same model")
+    (tmp_path / "link").symlink_to(model)
+    refused(capsys, [str(model), "--against", str(tmp_path / "link")], 2, "same model")

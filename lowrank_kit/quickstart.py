@@ -71,8 +71,8 @@ SIZES = {
     "small": Size(
         shape={"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4},
         vocab_size=1024,
-        steps=400,
-        batch_size=16,
+        steps=500,
+        batch_size=8,
         block_tokens=128,
         max_bytes=4_000_000,
         calibration_blocks=256,

@@ -26,7 +26,7 @@ from lowrank_kit.data.tokenizer import train_tokenizer
 from lowrank_kit.evaluation.run import EvalSettings, score
 from lowrank_kit.quickstart import KEEPS, SIZES, Size
 from lowrank_kit.report.environment import environment
-from lowrank_kit.report.files import write_json, write_text
+from lowrank_kit.report.files import write_json
 from lowrank_kit.report.tables import markdown_table
 from lowrank_kit.spectra.measure import measure
 from lowrank_kit.training.run import train
@@ -36,16 +36,18 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 
 TRIALS: list[dict[str, Any]] = [
-    {"optimizer": "numuon", "lr": 8e-3, "adamw_lr": 2e-3, "rank": "fixed:0.25"},
-    {"optimizer": "muon", "lr": 2e-3},
     {"optimizer": "adamw", "lr": 2e-3},
-    {"optimizer": "numuon", "lr": 4e-3, "adamw_lr": 2e-3, "rank": "fixed:0.25"},
-    {"optimizer": "numuon", "lr": 8e-3, "adamw_lr": 2e-3, "rank": "fixed:0.125"},
-    {"optimizer": "muon", "lr": 4e-3, "adamw_lr": 2e-3},
     {"optimizer": "adamw", "lr": 4e-3},
-    {"optimizer": "adamw", "lr": 1e-3},
-    {"optimizer": "numuon", "lr": 8e-3, "adamw_lr": 2e-3, "rank": "cosine:1:0.25"},
-    {"optimizer": "numuon", "lr": 8e-3, "rank": "fixed:0.25"},
+    {"optimizer": "muon", "lr": 2e-3},
+    {"optimizer": "muon", "lr": 4e-3, "adamw_lr": 2e-3},
+    {"optimizer": "numuon", "lr": 4e-3, "adamw_lr": 2e-3, "rank": "fixed:0.5"},
+    {"optimizer": "numuon", "lr": 4e-3, "adamw_lr": 2e-3, "rank": "fixed:0.25"},
+    {"optimizer": "numuon", "lr": 4e-3, "adamw_lr": 2e-3, "rank": "fixed:0.35"},
+    {"optimizer": "numuon", "lr": 6e-3, "adamw_lr": 2e-3, "rank": "fixed:0.35", "weight_decay": 0.5},
+    {"optimizer": "numuon", "lr": 4e-3, "adamw_lr": 2e-3, "rank": "cosine:1:0.25"},
+    {"optimizer": "numuon", "lr": 4e-3, "adamw_lr": 2e-3, "rank": "piecewise:1@0,0.25@0.3"},
+    {"optimizer": "numuon", "lr": 4e-3, "adamw_lr": 2e-3, "rank": "fixed:0.25", "weight_decay": 1.0},
+    {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1.0},
 ]
 
 
@@ -53,19 +55,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the trials to run, from 0")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another file, to run two halves at a time")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     arguments = parser.parse_args()
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"trials": []}
     if not arguments.table:
         with tempfile.TemporaryDirectory() as scratch:
-            _run_missing(document, arguments.size, arguments.seed, Path(scratch))
-    rows = [_row(trial) for trial in document["trials"]]
-    write_text(HERE / "trials.md", markdown_table(rows) + "\n")
-    print(markdown_table(rows))
+            _run_missing(arguments, Path(scratch))
+    print(markdown_table([_row(trial) for trial in _read(arguments.results)["trials"]]))
 
 
-def _run_missing(document: dict[str, Any], size_name: str, seed: int, scratch: Path) -> None:
-    size = SIZES[size_name]
+def _read(results: Path) -> dict[str, Any]:
+    return json.loads(results.read_text()) if results.exists() else {"trials": []}
+
+
+def _run_missing(arguments: argparse.Namespace, scratch: Path) -> None:
+    size, seed = SIZES[arguments.size], arguments.seed
+    document = _read(arguments.results)
     text = scratch / "train.jsonl"
     corpus = load_corpus(max_bytes=size.max_bytes)
     text.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in corpus.train))
@@ -76,12 +82,13 @@ def _run_missing(document: dict[str, Any], size_name: str, seed: int, scratch: P
         json.dumps({"model_type": "llama", "tie_word_embeddings": True, **size.shape})
     )
     for index, trial in enumerate(TRIALS):
-        key = {"size": size_name, "seed": seed, **trial}
-        if any(done["trial"] == key for done in document["trials"]):
+        key = {"size": arguments.size, "seed": seed, **trial}
+        wanted = arguments.only is None or index in arguments.only
+        if not wanted or any(done["trial"] == key for done in document["trials"]):
             continue
         found = _run(key, trial, size, scratch / f"{index}", text, seed)
         document["trials"].append(found)
-        write_json(RESULTS, document)
+        write_json(arguments.results, document)
 
 
 def _run(key: dict[str, Any], trial: dict[str, Any], size: Size, folder: Path, text: Path, seed: int) -> dict[str, Any]:
@@ -130,6 +137,7 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
         "lr": f"{trial['lr']:g}",
         "AdamW lr": f"{trial.get('adamw_lr') or trial['lr']:g}",
         "rank": trial.get("rank"),
+        "weight decay": trial.get("weight_decay"),
         **scores,
         "effective rank": round(found["effective_rank_share"], 2),
     }

@@ -186,6 +186,7 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
         "num_steps": settings.num_steps,
         "step_tokens": settings.step_tokens,
         "peak_lr": settings.peak_lr,
+        "peak_adamw_lr": settings.peak_adamw_lr,
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrix_parameters": sum(m.shape[0] * m.shape[1] for m in matrices),
         "corpus": {
@@ -239,7 +240,7 @@ def _trainer(
     options = {
         "rule": settings.optimizer,
         "lr": settings.peak_lr,
-        "adamw_lr": settings.adamw_lr,
+        "adamw_lr": settings.peak_adamw_lr,
         "weight_decay": settings.weight_decay,
         "rank_schedule": settings.rank,
         "total_steps": num_steps,

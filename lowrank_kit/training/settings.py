@@ -11,7 +11,7 @@ from lowrank_kit.optim.schedule import RankSchedule
 OPTIMIZERS = ("numuon", "muon", "adamw")
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # What a learning rate left out means stands here, once.
-DEFAULT_LR = {"numuon": 4e-3, "muon": 4e-3, "adamw": 4e-3}
+DEFAULT_LR = {"numuon": 4e-3, "muon": 2e-3, "adamw": 2e-3}
 # Setting -> its least value, and one that is usual.
 _LEAST = {
     "steps": (1, 1000),
@@ -41,7 +41,8 @@ class TrainSettings:
         vocab_size: of a tokenizer trained here.
         optimizer: numuon, muon or adamw.
         lr: peak learning rate; None takes the optimizer's default.
-        adamw_lr: peak learning rate of embeddings, head and vectors, which numuon and muon leave to AdamW; None is lr.
+        adamw_lr: peak learning rate of embeddings, head and vectors, which numuon and muon leave to AdamW; None is
+            lr, or AdamW's default where lr is left out too.
         lr_schedule: cosine, linear or constant, after the warm-up.
         warmup: share of the steps with a rising learning rate.
         weight_decay: decoupled.
@@ -113,8 +114,11 @@ class TrainSettings:
             raise UsageError(
                 f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}", hint="--warmup 0.05"
             )
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise UsageError(f"lr must be above 0, got {self.lr:g}", hint=f"--lr {DEFAULT_LR[self.optimizer]:g}")
+        for name, example in (("lr", DEFAULT_LR[self.optimizer]), ("adamw_lr", DEFAULT_LR["adamw"])):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                hint = f"--{name.replace('_', '-')} {example:g}"
+                raise UsageError(f"{name} must be above 0, got {value:g}", hint=hint)
         # The optimizer reads it too, but only when the run's folder has been made.
         RankSchedule.parse(self.rank)
 
@@ -135,3 +139,9 @@ class TrainSettings:
     def peak_lr(self) -> float:
         """The learning rate, or the optimizer's default."""
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def peak_adamw_lr(self) -> float:
+        """The learning rate of what is no matrix."""
+        given = self.lr if self.adamw_lr is None else self.adamw_lr
+        return DEFAULT_LR["adamw"] if given is None else given

@@ -63,6 +63,18 @@ def test_a_run(optimizer: str, settings_for: Make, tmp_path: Path) -> None:
     assert [line["rank_fraction"] for line in steps] == pytest.approx(fractions)
 
 
+def test_matrices_and_the_rest_have_learning_rates_of_their_own(settings_for: Make, tmp_path: Path) -> None:
+    embeddings, matrix = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    found = {}
+    for name, lrs in {"still": (1e-9, 1e-9), "rest": (1e-9, 1e-2), "matrices": (1e-2, 1e-9)}.items():
+        settings = settings_for(steps=2, lr=lrs[0], adamw_lr=lrs[1])
+        train(settings, tmp_path / name, device="cpu")
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    for name, (moved, kept) in {"rest": (embeddings, matrix), "matrices": (matrix, embeddings)}.items():
+        torch.testing.assert_close(found[name][kept], found["still"][kept], rtol=0, atol=1e-7)
+        assert (found[name][moved] - found["still"][moved]).abs().max() > 1e-3
+
+
 def test_the_folder(settings_for: Make, tmp_path: Path) -> None:
     settings = settings_for(steps=2)
     record = train(settings, tmp_path / "run", device="cpu")
@@ -91,6 +103,7 @@ def test_the_folder(settings_for: Make, tmp_path: Path) -> None:
         "num_steps": 2,
         "step_tokens": 128,
         "peak_lr": 1e-2,
+        "peak_adamw_lr": 1e-2,
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrix_parameters": 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 80),
         "corpus": {

@@ -66,6 +66,18 @@ def test_every_optimizer_has_a_learning_rate() -> None:
     assert TrainSettings(model_config="1m", steps=1, lr=0.5).peak_lr == 0.5
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, DEFAULT_LR["adamw"]), ({"lr": 0.5}, 0.5), ({"lr": 0.5, "adamw_lr": 0.1}, 0.1)]
+)
+def test_what_is_no_matrix_has_a_learning_rate_too(given: dict[str, float], expected: float) -> None:
+    assert TrainSettings(model_config="1m", steps=1, **given).peak_adamw_lr == expected
+
+
+def test_a_learning_rate_that_cannot_be_is_named() -> None:
+    with pytest.raises(UsageError, match="adamw_lr must be above 0, got -1"):
+        TrainSettings(model_config="1m", steps=1, adamw_lr=-1.0)
+
+
 # Model configs
 
 

@@ -71,12 +71,12 @@ SIZES = {
     "small": Size(
         shape={"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4},
         vocab_size=1024,
-        steps=500,
+        steps=400,
         batch_size=8,
         block_tokens=128,
         max_bytes=4_000_000,
         calibration_blocks=256,
-        eval_blocks=512,
+        eval_blocks=256,
         questions=200,
     ),
     "tiny": Size(

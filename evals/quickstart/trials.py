@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def _run(key: dict[str, Any], trial: dict[str, Any], size: Size, folder: Path, t
         perplexity[f"{keep:g}"] = _perplexity(output, text, size, seed)
     return {
         "trial": key,
+        "size": asdict(size),
         "perplexity": perplexity,
         "effective_rank_share": measure(Checkpoint.open(folder), progress=False).overall().effective_rank_share,
         "environment": environment(),
@@ -132,7 +134,7 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
     trial = found["trial"]
     scores = {key: round(value, 1) for key, value in found["perplexity"].items()}
     return {
-        "size": trial["size"],
+        "steps": found["size"]["steps"],
         "optimizer": trial["optimizer"],
         "lr": f"{trial['lr']:g}",
         "AdamW lr": f"{trial.get('adamw_lr') or trial['lr']:g}",

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
@@ -67,9 +68,9 @@ def read_source(source: str | None = None) -> Iterator[Document]:
 def _read_stdlib(root: Path) -> Iterator[Document]:
     paths = [
         path
-        for path in sorted(root.rglob("*.py"))
+        for path in sorted(_python_files(root))
         # `_sysconfigdata*` is written when Python is built: paths and flags of the machine it was built on.
-        if _STDLIB_EXCLUDED.isdisjoint(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+        if not path.name.startswith("_sysconfigdata")
     ]
     if len(paths) < _STDLIB_FEWEST_FILES:
         raise UsageError(
@@ -92,6 +93,13 @@ def _read_path(path: Path) -> Iterator[Document]:
             yield from _reader_of(file)(file, file.relative_to(path).as_posix())
     else:
         raise UsageError(f"no such text source: {path}", hint=_WHAT_A_SOURCE_CAN_BE)
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    """The .py files below `root`; excluded folders are not entered, site-packages may hold a hundred times more."""
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in _STDLIB_EXCLUDED]
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def _read_hub(source: str) -> Iterator[Document]:

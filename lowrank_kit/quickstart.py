@@ -239,7 +239,7 @@ def perplexity_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for optimizer in dict.fromkeys(row["optimizer"] for row in document["models"]):
         here = [row for row in document["models"] if row["optimizer"] == optimizer]
-        by_keep = {"dense" if r["keep"] is None else f"keep {r['keep']:g}": round(r["perplexity"], 1) for r in here}
+        by_keep = {"dense" if r["keep"] is None else f"keep {r['keep']:g}": r["perplexity"] for r in here}
         rows.append({"optimizer": optimizer, **by_keep, "effective rank": here[0]["effective_rank_share"]})
     return rows
 

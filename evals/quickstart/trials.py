@@ -132,7 +132,6 @@ def _perplexity(folder: Path, text: Path, size: Size, seed: int) -> float:
 
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     trial = found["trial"]
-    scores = {key: round(value, 1) for key, value in found["perplexity"].items()}
     return {
         "steps": found["size"]["steps"],
         "optimizer": trial["optimizer"],
@@ -140,8 +139,8 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
         "AdamW lr": f"{trial.get('adamw_lr') or trial['lr']:g}",
         "rank": trial.get("rank"),
         "weight decay": trial.get("weight_decay"),
-        **scores,
-        "effective rank": round(found["effective_rank_share"], 2),
+        **found["perplexity"],
+        "effective rank": found["effective_rank_share"],
     }
 
 

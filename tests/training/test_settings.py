@@ -69,7 +69,7 @@ def test_every_optimizer_has_a_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"), [({}, DEFAULT_LR["adamw"]), ({"lr": 0.5}, 0.5), ({"lr": 0.5, "adamw_lr": 0.1}, 0.1)]
 )
-def test_what_is_no_matrix_has_a_learning_rate_too(given: dict[str, float], expected: float) -> None:
+def test_what_is_no_matrix_has_a_learning_rate_too(given: dict[str, Any], expected: float) -> None:
     assert TrainSettings(model_config="1m", steps=1, **given).peak_adamw_lr == expected
 
 

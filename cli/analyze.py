@@ -25,7 +25,7 @@ HEADINGS = {
 }
 
 
-@click.command("analyze", short_help="Measure the singular values of every matrix.")
+@click.command("analyze")
 @click.argument("model")
 @click.option("--against", metavar="MODEL", default=None, help="A second model with the same matrices, beside it.")
 @click.option("--all", "every", is_flag=True, default=False, help="A row for every matrix instead of every role.")

@@ -11,7 +11,7 @@ from .options import device_option, json_option, output_option, seed_option, ver
 from .output import check_new_folder, emit
 
 
-@click.command("compress", short_help="Factorize a model to a target size.")
+@click.command("compress")
 @click.argument("model")
 @click.option("--keep", type=float, required=True, help="Fraction of the matrices' numbers to keep, 0 < keep <= 1.")
 @click.option("--objective", metavar="NAME", default="whiten", show_default=True, help="plain or whiten.")

@@ -11,7 +11,7 @@ from .options import common_options
 from .output import emit
 
 
-@click.command("eval", short_help="Score models side by side.")
+@click.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
 @click.option(

@@ -10,7 +10,7 @@ from .options import json_option, seed_option, verbosity_options
 from .output import check_new_folder, emit
 
 
-@click.command("quickstart", short_help="The whole way in minutes.")
+@click.command("quickstart")
 @click.option(
     "--size", metavar="NAME", default="small", show_default=True, help="small (under 5 minutes on 2 cores) or tiny."
 )

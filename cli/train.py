@@ -15,7 +15,7 @@ from .output import check_new_folder, emit
 NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "quiet", "debug")
 
 
-@click.command("train", short_help="Pretrain or fine-tune a model.")
+@click.command("train")
 @click.argument("model", required=False)
 @click.option(
     "--model-config", metavar="PRESET|FILE", default=None, help="Train from scratch: 1m, 2m, ... or a config."

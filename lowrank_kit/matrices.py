@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import UsageError
@@ -29,12 +31,35 @@ LEAF_ROLES = {
     "gate_up": ("gate_up_proj", "gate_and_up_proj", "w13"),
 }
 ROLE_OF_LEAF = {leaf: role for role, leaves in LEAF_ROLES.items() for leaf in leaves}
+# Fused qkv whose rows go head by head, a run of q, k and v for each key head; and whose rows are always [q; k; v].
+INTERLEAVED_LEAVES = ("query_key_value",)
+CONTIGUOUS_LEAVES = ("Wqkv",)
 # The output of attention or of the MLP, by what stands beside it.
 AMBIGUOUS_LEAVES = ("c_proj", "dense")
 ATTENTION_INPUTS = frozenset({"q", "k", "v", "qkv"})
 MLP_INPUTS = frozenset({"gate", "up", "gate_up"})
 BRANCH_ENDS = frozenset({"o", "down"})
 EXPERT_ROLES = MLP_INPUTS | {"down"}
+
+
+# PEFT's names: an adapter's two factors, and what it stands beside.
+ADAPTER_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+ADAPTED_LEAF = "base_layer"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the parts of a fused matrix lie in its output rows: `groups` equal runs, each with `sizes` rows of each.
+
+    Args:
+        roles: of the parts, in order.
+        sizes: rows of each part in a run.
+        groups: 1 for [q; k; v], the number of key heads where they are interleaved by head.
+    """
+
+    roles: tuple[str, ...]
+    sizes: tuple[int, ...]
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,7 @@ class Matrix:
         expert: index in a fused 3-D tensor, None for a plain matrix.
         shares_input: matrices with the same key read the same input.
         ends_branch: its output is added to the residual stream.
+        split: its parts, for fused qkv and gate_up whose layout is known.
     """
 
     name: str
@@ -62,6 +88,7 @@ class Matrix:
     expert: int | None
     shares_input: str
     ends_branch: bool
+    split: Split | None = None
 
 
 def find_matrices(model: nn.Module) -> list[Matrix]:
@@ -115,19 +142,25 @@ def input_key(owner: str, role: str, name: str) -> str:
 
 
 def _embeddings(model: nn.Module) -> set[int]:
-    """Ids of the input and output embeddings, and of every module tied to them by its weight."""
+    """Ids of the input and output embeddings with all in them, and of every module tied to one by its weight."""
     ends = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             ends.append(getattr(model, getter)())
         except (AttributeError, NotImplementedError):
             continue
-    weights = {id(end.weight) for end in ends if getattr(end, "weight", None) is not None}
+    # In them: PEFT wraps a head that is to be saved, and keeps the original beside its copy.
+    inside = [module for end in ends if isinstance(end, nn.Module) for module in end.modules()]
+    weights = {id(module.weight) for module in inside if getattr(module, "weight", None) is not None}
     return {id(module) for module in model.modules() if id(getattr(module, "weight", None)) in weights}
 
 
 def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], model: nn.Module) -> Iterator[Matrix]:
+    if any(part in ADAPTER_PARTS for part in path.split(".")):
+        return
     owner, _, leaf = path.rpartition(".")
+    if leaf == ADAPTED_LEAF:
+        owner, _, leaf = owner.rpartition(".")
     if isinstance(module, nn.Linear | Conv1D):
         transposed = isinstance(module, Conv1D)
         shape = _out_in(module.weight.shape, transposed)
@@ -145,6 +178,7 @@ def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], mo
             expert=None,
             shares_input=input_key(owner, role, path),
             ends_branch=role in BRANCH_ENDS,
+            split=_split(role, leaf, module, parent, getattr(model, "config", None)),
         )
         return
     for leaf, parameter in module.named_parameters(recurse=False):
@@ -162,6 +196,8 @@ def _experts(path: str, leaf: str, role: str, module: nn.Module, model: nn.Modul
         hidden = getattr(model.config, "hidden_size", None)
         transposed = (rows if role == "down" else columns) != hidden
     name = f"{path}.{leaf}"
+    out = _out_in((rows, columns), transposed)[0]
+    split = _split_gate_up(out, interleaved=not getattr(module, "is_concatenated", True)) if role == "gate_up" else None
     for expert in range(num_experts):
         yield Matrix(
             name=f"{name}[{expert}]",
@@ -173,7 +209,39 @@ def _experts(path: str, leaf: str, role: str, module: nn.Module, model: nn.Modul
             expert=expert,
             shares_input=input_key(f"{path}[{expert}]", role, f"{name}[{expert}]"),
             ends_branch=role in BRANCH_ENDS,
+            split=split,
         )
+
+
+def _split(role: str, leaf: str, module: nn.Linear | Conv1D, parent: nn.Module, config: Any) -> Split | None:
+    """Parts of a fused linear layer; None for others, and where its rows or their order are not known for sure."""
+    out, _ = _out_in(module.weight.shape, isinstance(module, Conv1D))
+    if role == "gate_up":
+        return _split_gate_up(out, interleaved=False)
+    if role != "qkv" or not isinstance(config, PreTrainedConfig):
+        return None
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    for keys in dict.fromkeys((key_heads, heads, 1)):
+        if out != (heads + 2 * keys) * head_dim:
+            continue
+        if leaf in INTERLEAVED_LEAVES:
+            return Split(("q", "k", "v"), (heads // keys * head_dim, head_dim, head_dim), keys)
+        # Equal thirds may also go head by head (GPT-BigCode) or in runs of q, v, k (CodeGen). They do not in a Conv1D,
+        # as of GPT-2, nor in an attention that counts its key heads, as Llama's descendants do.
+        known = leaf in CONTIGUOUS_LEAVES or isinstance(module, Conv1D) or hasattr(parent, "num_key_value_heads")
+        return Split(("q", "k", "v"), (heads * head_dim, *[keys * head_dim] * 2)) if known or keys == 1 else None
+    return None
+
+
+def _split_gate_up(out: int, *, interleaved: bool) -> Split | None:
+    if out % 2:
+        return None
+    return Split(("gate", "up"), (1, 1), out // 2) if interleaved else Split(("gate", "up"), (out // 2, out // 2))
 
 
 def _is_router(out_features: int, parent: nn.Module) -> bool:

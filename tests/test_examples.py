@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+LOOPS = ("numuon_loop", "numuon_trainer", "numuon_accelerate")
 
 
 def load(name: str) -> ModuleType:
@@ -22,12 +23,12 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_has_a_test() -> None:
-    tested = {"numuon_loop", "compress_and_load"}
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == {*LOOPS, "compress_and_load"}
 
 
-def test_numuon_in_a_plain_loop() -> None:
-    losses = load("numuon_loop").main()
+@pytest.mark.parametrize("name", LOOPS)
+def test_numuon_in_anybody_s_loop(name: str) -> None:
+    losses = load(name).main()
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lowrank_kit.errors import UsageError, did_you_mean
 
+# Rank fraction in (0, 1] of the progress in [0, 1].
+RankFraction = Callable[[float], float]
 KINDS = ("fixed", "piecewise", "cosine")
 GRAMMAR = "fixed:0.25, cosine:1:0.25, cosine:1:0.25:hold=0.1:until=0.8 or piecewise:1@0,0.5@0.3,0.25@0.6"
 
@@ -92,3 +96,20 @@ class RankSchedule:
         except (ValueError, KeyError):
             raise UsageError(f'cannot read the rank schedule "{text}"', hint=f"it reads like {GRAMMAR}") from None
         raise UsageError(f'unknown rank schedule "{kind}"', hint=f"{did_you_mean(kind, KINDS)} It reads like {GRAMMAR}")
+
+
+def fraction_at(schedule: str | RankFraction, progress: float) -> float:
+    """Rank fraction of a schedule, in its one-line form or as a function, at a progress in [0, 1].
+
+    Raises:
+        UsageError: a function gives a fraction outside (0, 1].
+    """
+    if isinstance(schedule, str):
+        return _parse_once(schedule).fraction(progress)
+    fraction = float(schedule(progress))
+    if not 0 < fraction <= 1:
+        raise UsageError(f"the rank schedule gave a fraction of {fraction:g} at progress {progress:g}, outside (0, 1]")
+    return fraction
+
+
+_parse_once = lru_cache(maxsize=64)(RankSchedule.parse)

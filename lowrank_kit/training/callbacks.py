@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,19 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowrank_kit.optim import routing_table
 
-def rank_fraction_of(optimizer: Any) -> float | None:
-    """Rank fraction of the last NuMuon step, None without one."""
-    fractions = [g["rank_fraction"] for g in optimizer.param_groups if g.get("rule") == "numuon"]
-    return fractions[0] if fractions else None
+logger = logging.getLogger(__name__)
+
+
+def rank_figures(optimizer: Any) -> dict[str, float | None]:
+    """Rank fraction of the last NuMuon step, and the least ratio to the exact step among the groups; None without."""
+    groups = [group for group in optimizer.param_groups if group.get("rule") == "numuon"]
+    ratios = [group["lmo_ratio"] for group in groups if group["lmo_ratio"] is not None]
+    return {
+        "rank_fraction": groups[0]["rank_fraction"] if groups else None,
+        "lmo_ratio": min(ratios) if ratios else None,
+    }
 
 
 class ProgressLog(TrainerCallback):
@@ -35,7 +44,8 @@ class ProgressLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar at the step the run starts from and cut the log there."""
+        """Say what steps what, open the bar at the step the run starts from and cut the log there."""
+        logger.info("what steps what:\n%s", routing_table(kwargs["model"], kwargs["optimizer"]))
         kept = [line for line in _read_lines(self.path) if json.loads(line)["step"] <= state.global_step]
         self.path.write_text("".join(line + "\n" for line in kept))
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
@@ -61,7 +71,7 @@ class ProgressLog(TrainerCallback):
         line: dict[str, float | int | None] = {"step": state.global_step}
         if "loss" in logs:
             line |= {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
-            line["rank_fraction"] = rank_fraction_of(optimizer) if optimizer is not None else None
+            line |= rank_figures(optimizer) if optimizer is not None else {}
             elapsed = time.perf_counter() - self.started
             line["tokens_per_s"] = round((state.global_step - self.first_step) * self.step_tokens / elapsed, 1)
         if "eval_loss" in logs:

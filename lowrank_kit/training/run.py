@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -24,14 +23,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from lowrank_kit.checkpoint.folder import Checkpoint, resolve_model
 from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
-from lowrank_kit.config import settings_difference
+from lowrank_kit.config import settings_difference, to_dict
 from lowrank_kit.data.blocks import TokenBlocks, token_blocks
 from lowrank_kit.data.corpus import Corpus, load_corpus
 from lowrank_kit.data.tokenizer import train_tokenizer
 from lowrank_kit.device import resolve_device
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import find_matrices
-from lowrank_kit.optim import NuMuon, parameter_groups
+from lowrank_kit.optim import NuMuonFactory, parse_overrides
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 from lowrank_kit.training.callbacks import ProgressLog
@@ -51,14 +50,6 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     train: TokenBlocks
     heldout: TokenBlocks
-
-
-class NuMuonFactory:
-    """Builds the optimizer from the model, through the Trainer's hook for optimizers that need it whole."""
-
-    def __call__(self, model: nn.Module, **options: Any) -> NuMuon:
-        """The optimizer with its parameters routed by `matrices.py`."""
-        return NuMuon(parameter_groups(model, **options))
 
 
 def train(settings: TrainSettings, output: Path, *, resume: bool = False, device: str = "auto") -> dict[str, Any]:
@@ -93,6 +84,7 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     model = build_model(settings, data.tokenizer)
     check_blocks(model, data.train)
     check_blocks(model, data.heldout)
+    NuMuonFactory()(model, **_optimizer_options(settings))  # refuses, if it does, before the folder is made
     record = previous or _start(output, settings, data, model)
     trainer, log = _trainer(settings, output, data, model, torch_device)
     trainer.train(resume_from_checkpoint=_last_checkpoint(output) if previous else None)
@@ -164,7 +156,7 @@ def _read_run(output: Path) -> dict[str, Any]:
 def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
     """run.json of the run to resume, after checking that it is the same run and not finished."""
     record = _read_run(output)
-    difference = settings_difference(record["settings"], asdict(settings))
+    difference = settings_difference(record["settings"], to_dict(settings))
     if difference:
         raise UsageError(
             f"the run in {output} was started with other settings: {'; '.join(difference)}",
@@ -179,7 +171,7 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
     """Make the folder and its first run.json; returns the record."""
     matrices = find_matrices(model)
     record = {
-        "settings": asdict(settings),
+        "settings": to_dict(settings),
         "finished": False,
         "step": 0,
         "validation_loss": None,
@@ -237,25 +229,34 @@ def _trainer(
         disable_tqdm=True,
         report_to=[],
     )
-    options = {
-        "rule": settings.optimizer,
-        "lr": settings.peak_lr,
-        "adamw_lr": settings.peak_adamw_lr,
-        "weight_decay": settings.weight_decay,
-        "rank_schedule": settings.rank,
-        "total_steps": num_steps,
-    }
     log = ProgressLog(output / LOG_FILE, settings.step_tokens)
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.heldout,
-        optimizer_cls_and_kwargs=(NuMuonFactory, options),
+        optimizer_cls_and_kwargs=(NuMuonFactory, _optimizer_options(settings)),
         callbacks=[log],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, log
+
+
+def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
+    """What `parameter_groups` takes of the settings."""
+    return {
+        "rule": settings.optimizer,
+        "lr": settings.peak_lr,
+        "adamw_lr": settings.peak_adamw_lr,
+        "weight_decay": settings.weight_decay,
+        "spectral_decay": settings.spectral_decay,
+        "momentum": settings.momentum,
+        "nesterov": settings.nesterov,
+        "rank_schedule": settings.rank,
+        "topk": settings.topk,
+        "overrides": parse_overrides(settings.overrides),
+        "total_steps": settings.num_steps,
+    }
 
 
 def _last_checkpoint(output: Path) -> str | None:

@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass
 
 from lowrank_kit.errors import UsageError, did_you_mean
+from lowrank_kit.optim import parse_overrides
+from lowrank_kit.optim.modes import TOPK
+from lowrank_kit.optim.rules import RULES
 from lowrank_kit.optim.schedule import RankSchedule
 
-OPTIMIZERS = ("numuon", "muon", "adamw")
+OPTIMIZERS = tuple(RULES)
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # What a learning rate left out means stands here, once.
-DEFAULT_LR = {"numuon": 4e-3, "muon": 2e-3, "adamw": 2e-3}
+DEFAULT_LR = {"numuon": 4e-3, "muon": 2e-3, "adamw": 2e-3, "sgd": 1e-1}
 # Setting -> its least value, and one that is usual.
 _LEAST = {
     "steps": (1, 1000),
@@ -25,6 +28,7 @@ _LEAST = {
     "eval_every": (0, 100),
     "save_every": (0, 100),
     "weight_decay": (0, 0.1),
+    "spectral_decay": (0, 0.4),
     "clip": (0, 1),
 }
 
@@ -39,14 +43,19 @@ class TrainSettings:
         text: text source; None is the standard library.
         tokenizer: folder or hub name of a tokenizer; None takes the model's own or trains a byte-level BPE.
         vocab_size: of a tokenizer trained here.
-        optimizer: numuon, muon or adamw.
+        optimizer: numuon, muon, adamw or sgd.
         lr: peak learning rate; None takes the optimizer's default.
-        adamw_lr: peak learning rate of embeddings, head and vectors, which numuon and muon leave to AdamW; None is
+        adamw_lr: peak learning rate of embeddings, head and vectors, which are left to AdamW; None is
             lr, or AdamW's default where lr is left out too.
         lr_schedule: cosine, linear or constant, after the warm-up.
         warmup: share of the steps with a rising learning rate.
         weight_decay: decoupled.
+        spectral_decay: of the matrices, see `NuMuon`.
+        momentum: of numuon, muon and sgd.
+        nesterov: whether these step along Nesterov's look ahead; None is on for muon, off for the others.
         rank: rank schedule of numuon, see `RankSchedule.parse`.
+        topk: how numuon finds its step: warm, krylov, exact or filter.
+        overrides: PATTERN=RULE or PATTERN=KEY=VALUE, for parameters by name: see `parse_overrides`.
         steps: optimizer steps. Exactly one of `steps` and `tokens`.
         tokens: training tokens, rounded up to whole steps.
         batch_size: sequences in a forward pass.
@@ -76,7 +85,12 @@ class TrainSettings:
     lr_schedule: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
+    spectral_decay: float = 0.0
+    momentum: float = 0.95
+    nesterov: bool | None = None
     rank: str = "cosine:1:0.25"
+    topk: str = "warm"
+    overrides: tuple[str, ...] = ()
     steps: int | None = None
     tokens: int | None = None
     batch_size: int = 8
@@ -110,6 +124,10 @@ class TrainSettings:
             if value is not None and not least <= value < math.inf:
                 hint = f"--{name.replace('_', '-')} {example}"
                 raise UsageError(f"{name} must be at least {least}, got {value:g}", hint=hint)
+        if self.topk not in TOPK:
+            raise UsageError(f'unknown topk "{self.topk}"', hint=did_you_mean(self.topk, TOPK))
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum must be in [0, 1), got {self.momentum:g}", hint="--momentum 0.95")
         if not 0 <= self.warmup < 1:
             raise UsageError(
                 f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}", hint="--warmup 0.05"
@@ -121,6 +139,7 @@ class TrainSettings:
                 raise UsageError(f"{name} must be above 0, got {value:g}", hint=hint)
         # The optimizer reads it too, but only when the run's folder has been made.
         RankSchedule.parse(self.rank)
+        parse_overrides(self.overrides)
 
     @property
     def step_tokens(self) -> int:

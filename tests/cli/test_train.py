@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -45,6 +46,22 @@ def arguments(tmp_path: Path) -> Arguments:
         return ["train", *(word for name, value in given for word in (f"--{name.replace('_', '-')}", value)), *added]
 
     return make
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`stop_at(step)`: Ctrl-C at the end of that step; 0: never."""
+    on_step_end = ProgressLog.on_step_end
+
+    def at(step: int) -> None:
+        def stopping(self: ProgressLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            on_step_end(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ProgressLog, "on_step_end", stopping)
+
+    return at
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
@@ -95,6 +112,45 @@ def test_a_settings_file_with_flags_over_it(
     assert [settings[key] for key in ("optimizer", "lr", "steps", "log_every")] == ["adamw", 1e-3, 1, 1]
 
 
+OVERRIDES = ["*.o_proj.*=adamw", "*.down_proj.*=rank_schedule=fixed:0.5"]
+
+
+def test_options_of_the_optimizer(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    by_name = [word for line in OVERRIDES for word in ("--override", line)]
+    momentum = ["--momentum", "0.9", "--no-nesterov"]
+    assert run(arguments("--json", "-v", "--topk", "exact", "--spectral-decay", "0.1", *by_name, *momentum)) == 0
+    captured = capsys.readouterr()
+    expected = {"topk": "exact", "spectral_decay": 0.1, "overrides": OVERRIDES, "momentum": 0.9, "nesterov": False}
+    settings = json.loads(captured.out)["settings"]
+    assert {key: settings[key] for key in expected} == expected
+    # It says what steps what before it starts.
+    assert re.search(r"^o +1 +16 x 16 +adamw +0\.002 +-$", captured.err, re.MULTILINE)
+    assert re.search(r"^down +1 +16 x 32 +numuon +0\.004 +8 of 16$", captured.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("in_file", [True, False], ids=["file", "flags"])
+def test_resuming_with_overrides(
+    in_file: bool,
+    arguments: Arguments,
+    tmp_path: Path,
+    stop_at: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are a list in the file that stores them."""
+    (tmp_path / "run.yaml").write_text(f"overrides: {json.dumps(OVERRIDES)}\n")
+    by_name = [word for line in OVERRIDES for word in ("--override", line)]
+    given = ["--config", str(tmp_path / "run.yaml")] if in_file else by_name
+    stop_at(2)
+    assert run(arguments("--save-every", "1", *given)) == 130
+    again = ["train", "--resume", "-o", str(tmp_path / "run"), "--device", "cpu", "--json"]
+    capsys.readouterr()
+    assert run([*again, "--override", "*.o_proj.*=sgd"]) == 2
+    assert f'overrides: {json.dumps(OVERRIDES)} -> ["*.o_proj.*=sgd"]' in said(capsys)[1]
+    stop_at(0)
+    assert run(again) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["overrides"] == OVERRIDES
+
+
 def test_fine_tuning(
     arguments: Arguments, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +172,10 @@ def test_fine_tuning(
         ([], {"output": None}, 2, "Missing option '-o' / '--output'", "lowrank train --help"),
         (["--optimizer", "numoun"], {}, 2, 'unknown optimizer "numoun"', 'did you mean "numuon"?'),
         (["--rank", "cosin:1"], {}, 2, 'unknown rank schedule "cosin"', 'did you mean "cosine"?'),
+        (["--topk", "wram"], {}, 2, 'unknown topk "wram"', 'did you mean "warm"?'),
+        (["--override", "*.o_proj.*"], {}, 2, 'PATTERN=RULE or PATTERN=KEY=VALUE, got "*.o_proj.*"', '"*.o_proj.*=ad'),
+        (["--override", "*.o_prj.*=adamw"], {}, 2, 'the pattern "*.o_prj.*" matches none', "names are as"),
+        (["--spectral-decay", "-1"], {}, 2, "spectral_decay must be at least 0, got -1", "--spectral-decay 0.4"),
         (["--lr", "nan"], {}, 2, "command line: lr must be a number or null, not NaN", ""),
         (["--lr-schedule", "linea"], {}, 2, 'unknown lr schedule "linea"', 'did you mean "linear"?'),
         ([], {"text": "no/such/text"}, 2, "no such text source: no/such/text", "a text source is a file or folder"),
@@ -222,22 +282,6 @@ def test_a_run_that_diverges(arguments: Arguments, tmp_path: Path, capsys: pytes
 
 
 # Ctrl-C and resume
-
-
-@pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`stop_at(step)`: Ctrl-C at the end of that step; 0: never."""
-    on_step_end = ProgressLog.on_step_end
-
-    def at(step: int) -> None:
-        def stopping(self: ProgressLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            on_step_end(self, args, state, control, **kwargs)
-            if state.global_step == step:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(ProgressLog, "on_step_end", stopping)
-
-    return at
 
 
 def test_the_hint_after_ctrl_c_goes_on(

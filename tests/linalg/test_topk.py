@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_kit.linalg.topk import rank_of_fraction, topk_polar
+from lowrank_kit.linalg.topk import lmo_ratio, peak_scaled, rank_of_fraction, topk_polar
 from tests.linalg.cases import CASES, DTYPES, with_spectrum
 
 # Descending with a gap of a quarter between neighbours: every k has one top-k part.
@@ -131,3 +131,64 @@ def test_rank_of_fraction(fraction: float, side: int, k: int) -> None:
 def test_rank_of_fraction_is_the_ceiling_of_the_decimal(thousandths: int, side: int) -> None:
     """Of 0.001, 0.002, ... as they are written, not as float64 holds them."""
     assert rank_of_fraction(thousandths / 1000, (side, side)) == math.ceil(Fraction(thousandths, 1000) * side)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "side", "k"),
+    [
+        (0.25, 1024, 256),
+        (0.25, 300, 80),  # 75: to the nearest, 80
+        (0.24, 300, 80),  # 72: half way, up
+        (0.23, 300, 64),  # 69
+        (0.01, 300, 16),  # at least one multiple
+        (0.999, 300, 300),  # never above the side
+        (0.98, 260, 256),  # 255
+        (1.0, 300, 300),  # a full step stays full
+        (0.23, 256, 64),  # 59: the least side that is rounded
+        (0.23, 255, 59),  # too narrow: half a multiple would be more than a 32nd of it
+        (0.25, 7, 2),
+    ],
+)
+def test_rank_of_fraction_in_multiples_of_16(fraction: float, side: int, k: int) -> None:
+    assert rank_of_fraction(fraction, (side + 5, side), multiple=16) == k
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.integers(1, 1000), st.integers(1, 5000), st.sampled_from([1, 8, 16, 32]))
+def test_a_multiple_moves_a_rank_by_half_of_it_at_most(thousandths: int, side: int, multiple: int) -> None:
+    plain, rounded = (rank_of_fraction(thousandths / 1000, (side, side), multiple=m) for m in (1, multiple))
+    assert 1 <= rounded <= side
+    # The first multiple stands for all ranks below it.
+    assert abs(rounded - plain) <= multiple / 2 or rounded == multiple
+    assert abs(rounded - plain) < multiple
+
+
+def test_lmo_ratio_in_numbers() -> None:
+    M = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    assert lmo_ratio(M, torch.diag(torch.tensor([1.0, 1, 0, 0])), 2) == 1
+    assert lmo_ratio(M, torch.diag(torch.tensor([1.0, 0, 1, 0])), 2) == pytest.approx(6 / 7)
+    assert lmo_ratio(M, torch.diag(torch.tensor([0.0, 0, 0, -1])), 4) == pytest.approx(-0.1)
+    assert lmo_ratio(torch.zeros(3, 4), torch.zeros(3, 4), 2) == 1
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_no_feasible_step_has_a_larger_lmo_ratio_than_the_exact_one(seed: int, k: int) -> None:
+    """Feasible: singular values at most 1 that add up to at most k."""
+    torch.manual_seed(seed)
+    M = torch.randn(6, 9)
+    assert lmo_ratio(M, topk_polar(M, k), k) == pytest.approx(1, abs=1e-6)
+    s = torch.rand(6)
+    assert lmo_ratio(M, with_spectrum(6, 9, s * min(1, k / s.sum().item())), k) <= 1
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-37), (torch.float32, 1e37), (torch.float64, 1e-300)])
+def test_peak_scaled_is_each_matrix_over_its_largest_entry(dtype: torch.dtype, scale: float) -> None:
+    M = torch.tensor([[[1.0, -2.0]], [[0.0, 0.0]], [[0.5, 0.25]]], dtype=dtype) * scale
+    expected = torch.tensor([[[0.5, -1.0]], [[0.0, 0.0]], [[1.0, 0.5]]], dtype=dtype)
+    torch.testing.assert_close(peak_scaled(M), expected)
+
+
+def test_peak_scaled_does_not_round_a_bfloat16_matrix_again() -> None:
+    M = torch.randn(6, 9).bfloat16()
+    assert torch.equal(peak_scaled(M), peak_scaled(M.float()))

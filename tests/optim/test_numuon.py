@@ -1,52 +1,34 @@
-"""NuMuon, Muon and AdamW: against slow references, against torch's own, and through save and load."""
+"""The steps of NuMuon, Muon, AdamW and SGD: against slow formulas and against torch's own."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.optim import NuMuon, RankSchedule, parameter_groups
+from lowrank_kit.optim import NuMuon, RankSchedule, parameter_groups, rules
 from tests.families import build, token_ids
+from tests.optim.cases import (
+    MATRIX_RULES,
+    RULES,
+    TOPK,
+    gradients,
+    newton_schulz_by_svd,
+    random_steps,
+    steps_of,
+    topk_polar_by_svd,
+)
 
 LR, DECAY, MOMENTUM, STEPS = 0.02, 0.1, 0.95, 6
 # The last: more experts than a side is long.
 SHAPES = [(8, 12), (12, 8), (9, 9), (13, 8, 12)]
 
 
-def gradients(shape: tuple[int, ...], steps: int = STEPS) -> list[Tensor]:
-    """New noise in each step: what the past weighs and what the present shows in every direction."""
-    return [torch.randn(shape) for _ in range(steps)]
-
-
-def steps_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, grads: list[Tensor]) -> list[Tensor]:
-    """The weights after each step."""
-    weights = []
-    for grad in grads:
-        parameter.grad = grad.clone()
-        optimizer.step()
-        weights.append(parameter.detach().clone())
-    return weights
-
-
-def newton_schulz_by_svd(M: Tensor) -> Tensor:
-    """Muon's direction worked out on the singular values, which is all that the iteration changes."""
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
-    s = s / s.norm(dim=-1, keepdim=True)
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return (U * s[..., None, :]) @ Vh
-
-
-def slow_reference(
-    W: Tensor, grads: list[Tensor], *, rule: str, nesterov: bool, schedule: str, total_steps: int
-) -> list[Tensor]:
+def slow_reference(W: Tensor, grads: list[Tensor], *, rule: str, nesterov: bool, schedule: str) -> list[Tensor]:
     """The formula of the docstring, in float64 with an SVD."""
     W, M = W.double(), torch.zeros_like(W, dtype=torch.float64)
     weights = []
@@ -54,46 +36,28 @@ def slow_reference(
         G = grad.double()
         M = MOMENTUM * M + (1 - MOMENTUM) * G
         towards = (1 - MOMENTUM) * G + MOMENTUM * M if nesterov else M
-        if rule == "muon":
-            D = newton_schulz_by_svd(towards)
-        else:
-            m, n = W.shape[-2:]
-            k = math.ceil(RankSchedule.parse(schedule).fraction(step / total_steps) * min(m, n) - 1e-9)
-            U, _, Vh = torch.linalg.svd(towards, full_matrices=False)
-            D = U[..., :k] @ Vh[..., :k, :]
+        fraction = RankSchedule.parse(schedule).fraction(step / STEPS)
+        D = newton_schulz_by_svd(towards) if rule == "muon" else topk_polar_by_svd(towards, fraction)
         W = (1 - LR * DECAY) * W - LR * 0.2 * math.sqrt(max(W.shape[-2:])) * D
         weights.append(W)
     return weights
 
 
 @pytest.mark.parametrize("nesterov", [None, False, True])
-@pytest.mark.parametrize("rule", ["numuon", "muon"])
+@pytest.mark.parametrize(("rule", "topk"), [("muon", "warm"), *(("numuon", topk) for topk in TOPK if topk != "filter")])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_steps_are_those_of_the_formula(shape: tuple[int, ...], rule: str, nesterov: bool | None) -> None:
-    schedule = "cosine:1:0.25"
-    parameter = nn.Parameter(torch.randn(shape))
-    grads = gradients(shape)
-    expected = slow_reference(
-        parameter.detach(),
-        grads,
-        rule=rule,
-        nesterov=rule == "muon" if nesterov is None else nesterov,
-        schedule=schedule,
-        total_steps=STEPS,
-    )
-    optimizer = NuMuon(
-        [parameter],
-        lr=LR,
-        rule=rule,
-        weight_decay=DECAY,
-        momentum=MOMENTUM,
-        nesterov=nesterov,
-        rank_schedule=schedule,
-        total_steps=STEPS,
-    )
+def test_steps_are_those_of_the_formula(shape: tuple[int, ...], rule: str, topk: str, nesterov: bool | None) -> None:
+    """On so small a side the subspaces of warm and krylov are the whole space, so that both are exact."""
+    schedule = "cosine:0.8:0.25"
+    parameter, grads = nn.Parameter(torch.randn(shape)), gradients(shape, STEPS)
+    sure = rule == "muon" if nesterov is None else nesterov
+    expected = slow_reference(parameter.detach(), grads, rule=rule, nesterov=sure, schedule=schedule)
+    options: dict[str, Any] = {"rule": rule, "topk": topk, "nesterov": nesterov, "rank_schedule": schedule}
+    optimizer = NuMuon([parameter], lr=LR, weight_decay=DECAY, momentum=MOMENTUM, total_steps=STEPS, **options)
     for measured, exact in zip(steps_of(optimizer, parameter, grads), expected, strict=True):
-        # Steps of 0.02 in weights of order one: float32 rounds each weight to 1e-7 and each direction to 1e-6.
-        torch.testing.assert_close(measured.double(), exact, atol=1e-6, rtol=1e-6)
+        # Steps of 0.02 in weights of order one: float32 rounds each weight to 1e-7 and each direction to 1e-6, and
+        # warm's eigenvectors of a float32 Gram turn by 1e-5 where two singular values are close.
+        torch.testing.assert_close(measured.double(), exact, atol=3e-6 if topk == "warm" else 1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -119,28 +83,56 @@ def test_muon_takes_the_steps_of_torch(shape: tuple[int, int], nesterov: bool) -
         assert moved.norm().item() == pytest.approx(moved_by_torch.norm().item(), rel=0.02)
 
 
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
-def test_numuon_of_full_rank_is_the_polar_factor_of_torchs_muon(shape: tuple[int, int]) -> None:
-    """Newton-Schulz leaves U S' V^T with S' in about [0.65, 1.2]; ours is U V^T of the same momentum.
+def direction_of(shape: tuple[int, ...], grad: Tensor, **options: Any) -> Tensor:
+    """The step of a fresh optimizer from zero, at a learning rate of one, without its sign."""
+    parameter = nn.Parameter(torch.zeros(shape))
+    return -steps_of(NuMuon([parameter], lr=1.0, **options), parameter, [grad])[0]
 
-    So ours^T theirs = V S' V^T: symmetric up to bfloat16, with the eigenvalues S'.
-    """
-    ours, theirs = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
-    grads = gradients(shape, steps=3)
-    numuon = NuMuon([ours], lr=1.0, nesterov=True, rank_schedule="fixed:1")
-    D = steps_of(numuon, ours, grads)
-    muon = torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    N = steps_of(muon, theirs, grads)
-    scale = 0.2 * math.sqrt(24)
-    polar, approximate = (D[2] - D[1]) / -scale, (N[2] - N[1]) / -scale
-    torch.testing.assert_close(torch.linalg.svdvals(polar), torch.ones(8), atol=1e-5, rtol=0)
-    core = polar.mT @ approximate if shape[0] > shape[1] else polar @ approximate.mT
-    assert (core - core.mT).abs().max() < 0.02
-    eigenvalues = torch.linalg.eigvalsh((core + core.mT) / 2)
-    assert eigenvalues.min() > 0.65
-    assert eigenvalues.max() < 1.2
-    cosine = torch.nn.functional.cosine_similarity(polar.flatten(), approximate.flatten(), dim=0)
-    assert cosine > 0.97
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_schedule": "fixed:1"},
+        {"rank_schedule": "fixed:0.9", "topk": "exact"},
+        {"rule": "muon", "polar": "polar_express"},
+    ],
+)
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24), (3, 24, 32)])
+def test_a_step_of_full_rank_is_the_polar_factor_within_a_percent(
+    shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    (grad,) = gradients(shape, 1)
+    U, _, Vh = torch.linalg.svd(grad, full_matrices=False)
+    core = U.mT @ direction_of(shape, grad, scale="none", **options) @ Vh.mT
+    # Polar Express: singular values above 1e-3 of the norm within 1 %, and these are; its vectors are those of M.
+    torch.testing.assert_close(core, torch.eye(24).expand_as(core), atol=0.01, rtol=0)
+    assert (core - torch.diag_embed(core.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fraction", "multiple", "rank"),
+    # A multiple counts where the side has 16 of it: not 8 in 64.
+    [(0.27, 1, 18), (0.27, 4, 20), (0.24, 4, 16), (0.27, 8, 18), (0.01, 4, 4), (0.89, 4, 56), (0.9, 4, 64)],
+)
+@pytest.mark.parametrize("topk", ["warm", "krylov", "exact"])
+def test_rank_and_singular_values_of_a_step(topk: str, fraction: float, multiple: int, rank: int) -> None:
+    options = {"topk": topk, "rank_schedule": f"fixed:{fraction}", "rank_multiple": multiple, "scale": "none"}
+    values = torch.linalg.svdvals(direction_of((64, 96), torch.randn(64, 96), **options))
+    # Products in float32; at a fraction of 0.9 or more, Polar Express.
+    torch.testing.assert_close(values[:rank], torch.ones(rank), atol=0.01 if rank == 64 else 1e-5, rtol=0)
+    assert (values[rank:] < 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor"), [("match_rms", 0.2 * math.sqrt(48)), ("spectral", math.sqrt(16 / 48)), ("none", 1.0)]
+)
+@pytest.mark.parametrize("rule", MATRIX_RULES)
+def test_scale_of_a_step(rule: str, scale: str, factor: float) -> None:
+    options = {"rule": rule, "rank_schedule": "fixed:0.25", "scale": scale, "nesterov": False}
+    (grad,) = gradients((16, 48), 1)
+    expected = newton_schulz_by_svd(grad.double()) if rule == "muon" else topk_polar_by_svd(grad.double(), 0.25)
+    measured = direction_of((16, 48), grad, **options)
+    torch.testing.assert_close(measured.double(), factor * expected, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("fraction", "rms"), [(1.0, 0.2), (0.25, 0.1)])
@@ -148,154 +140,99 @@ def test_numuon_of_full_rank_is_the_polar_factor_of_torchs_muon(shape: tuple[int
 def test_a_full_step_is_as_large_as_one_of_adamw_and_a_lower_rank_is_not_scaled_back(
     shape: tuple[int, int], fraction: float, rms: float
 ) -> None:
-    """RMS 0.2 sqrt(max) sqrt(k) / sqrt(m n) = 0.2 sqrt(k / min)."""
-    parameter = nn.Parameter(torch.zeros(shape))
-    (moved,) = steps_of(NuMuon([parameter], lr=1.0, rank_schedule=f"fixed:{fraction}"), parameter, gradients(shape, 1))
-    assert moved.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-5)
+    """RMS 0.2 sqrt(max) sqrt(k) / sqrt(m n) = 0.2 sqrt(k / min); Polar Express is within 1 % of it."""
+    moved = direction_of(shape, torch.randn(shape), rank_schedule=f"fixed:{fraction}")
+    assert moved.square().mean().sqrt().item() == pytest.approx(rms, rel=0.01 if fraction == 1 else 1e-5)
     assert torch.linalg.matrix_rank(moved) == 16 * fraction
 
 
-def test_adamw_is_torchs_adamw_bit_for_bit() -> None:
-    start = [torch.randn(6, 4), torch.randn(5)]
-    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
-    results = []
-    for make in (lambda params: NuMuon(params, rule="adamw", **options), lambda p: torch.optim.AdamW(p, **options)):
-        torch.manual_seed(1)
-        params = [nn.Parameter(tensor.clone()) for tensor in start]
-        optimizer = make(params)
-        for _ in range(5):
-            for parameter in params:
-                parameter.grad = torch.randn_like(parameter)
-            optimizer.step()
-        results.append(params)
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
+SGD: dict[str, Any] = {"lr": 1e-2, "momentum": 0.9}
 
 
-@pytest.mark.parametrize("rule", ["numuon", "muon"])
-def test_fused_experts_are_stepped_one_by_one(rule: str) -> None:
-    """Gradients on scales 1e4 apart, so that a norm over the whole tensor would show."""
-    grads = [g * torch.tensor([1e-2, 1.0, 1e2])[:, None, None] for g in gradients((3, 8, 12))]
-    fused = nn.Parameter(torch.randn(3, 8, 12))
-    single = [nn.Parameter(expert.clone()) for expert in fused.detach()]
-    options: dict[str, Any] = {"rule": rule, "lr": LR, "weight_decay": DECAY, "rank_schedule": "fixed:0.5"}
-    together = steps_of(NuMuon([fused], **options), fused, grads)[-1]
-    apart = [
-        steps_of(NuMuon([parameter], **options), parameter, [g[expert] for g in grads])[-1]
-        for expert, parameter in enumerate(single)
-    ]
-    # Batched and single products may sum in another order.
-    torch.testing.assert_close(together, torch.stack(apart), atol=1e-6, rtol=0)
+@pytest.mark.parametrize(
+    ("rule", "options", "torchs"),
+    [
+        ("adamw", ADAMW, torch.optim.AdamW),
+        ("sgd", SGD, torch.optim.SGD),
+        ("sgd", SGD | {"nesterov": True}, torch.optim.SGD),
+        ("sgd", {"lr": 1e-2, "momentum": 0.0}, torch.optim.SGD),
+    ],
+)
+def test_adamw_and_sgd_are_torchs_bit_for_bit(
+    rule: str, options: dict[str, Any], torchs: Callable[..., torch.optim.Optimizer]
+) -> None:
+    shapes = [(6, 4), (5,), (2, 3, 3, 3), ()]
+    ours, theirs = ([nn.Parameter(torch.full(shape, 0.3)) for shape in shapes] for _ in range(2))
+    random_steps(NuMuon(ours, rule=rule, **options), ours, range(5))
+    random_steps(torchs(theirs, **options), theirs, range(5))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weight_decay_is_decoupled(rule: str) -> None:
+    """After one step from the same weights, the difference is lr wd W and the state is the same."""
+    options: dict[str, Any] = {"rule": rule, "lr": LR, "rank_schedule": "fixed:0.5"}
+    start, grads = torch.randn(8, 12), gradients((8, 12), 1)
+    plain, decayed = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [NuMuon([plain], **options), NuMuon([decayed], weight_decay=DECAY, **options)]
+    (W,), (W_decayed,) = (steps_of(o, p, grads) for o, p in zip(optimizers, (plain, decayed), strict=True))
+    # Weights up to 4 are rounded to 2.4e-7 in either.
+    torch.testing.assert_close(W - W_decayed, LR * DECAY * start, atol=5e-7, rtol=0)
+    one, other = optimizers[0].state[plain], optimizers[1].state[decayed]
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_the_schedule_is_at_step_over_total_steps() -> None:
     parameter = nn.Parameter(torch.zeros(8, 8))
     optimizer = NuMuon([parameter], lr=1.0, rank_schedule="piecewise:1@0,0.5@0.25,0.25@0.5", total_steps=8)
     used, ranks, before = [], [], torch.zeros(8, 8)
-    for weight in steps_of(optimizer, parameter, gradients((8, 8), 10)):
+    for grad in gradients((8, 8), 10):
+        (weight,) = steps_of(optimizer, parameter, [grad])
+        used.append(optimizer.param_groups[0]["rank_fraction"])
         ranks.append(int(torch.linalg.matrix_rank(weight - before, rtol=1e-4)))
         before = weight
-    parameter = nn.Parameter(torch.zeros(8, 8))
-    optimizer = NuMuon([parameter], rank_schedule="piecewise:1@0,0.5@0.25,0.25@0.5", total_steps=8)
-    for grad in gradients((8, 8), 10):
-        steps_of(optimizer, parameter, [grad])
-        used.append(optimizer.param_groups[0]["rank_fraction"])
     assert used == [1.0] * 2 + [0.5] * 2 + [0.25] * 6  # past the end it stays
     assert ranks == [8] * 2 + [4] * 2 + [2] * 6
 
 
-def mixed_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-    wide, square, muon, vector = params
-    return [
-        {"params": [wide, square], "rule": "numuon", "rank_schedule": "cosine:1:0.25", "total_steps": 10},
-        {"params": [muon], "rule": "muon"},
-        {"params": [vector], "rule": "adamw"},
-    ]
+def test_a_schedule_may_be_a_function_of_progress() -> None:
+    seen = []
+
+    def falling(progress: float) -> float:
+        seen.append(progress)
+        return 1 - progress / 2
+
+    parameter = nn.Parameter(torch.zeros(8, 8))
+    steps_of(NuMuon([parameter], rank_schedule=falling, total_steps=4), parameter, gradients((8, 8), 6))
+    assert seen == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
-def mixed_parameters(dtype: torch.dtype) -> list[nn.Parameter]:
-    torch.manual_seed(3)
-    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in [(6, 9), (7, 7), (9, 6), (5,)]]
-
-
-def random_steps(optimizer: NuMuon, params: list[nn.Parameter], steps: range) -> None:
-    for step in steps:
-        torch.manual_seed(100 + step)
-        for parameter in params:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stop", [1, 4])
-def test_saved_and_loaded_in_the_middle_it_ends_at_the_same_weights(stop: int, dtype: torch.dtype) -> None:
-    whole = mixed_parameters(dtype)
-    random_steps(NuMuon(mixed_groups(whole), weight_decay=DECAY), whole, range(10))
-
-    first = mixed_parameters(dtype)
-    optimizer = NuMuon(mixed_groups(first), weight_decay=DECAY)
-    random_steps(optimizer, first, range(stop))
-    file = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "weights": [p.detach() for p in first]}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-
-    second = [nn.Parameter(weights) for weights in saved["weights"]]
-    resumed = NuMuon(mixed_groups(second), weight_decay=DECAY)
-    resumed.load_state_dict(saved["optimizer"])
-    for parameter, before in zip(second[:3], first[:3], strict=True):
-        momentum = resumed.state[parameter]["momentum"]
-        assert momentum.dtype == torch.float32
-        assert torch.equal(momentum, optimizer.state[before]["momentum"])
-        # A copy: going on does not change what was loaded.
-        assert all(
-            momentum.data_ptr() != s["momentum"].data_ptr()
-            for s in saved["optimizer"]["state"].values()
-            if "momentum" in s
-        )
-    random_steps(resumed, second, range(stop, 10))
-    for parameter, expected in zip(second, whole, strict=True):
-        assert torch.equal(parameter, expected)
-
-
-def test_momentum_of_a_bfloat16_parameter_averages_in_float32() -> None:
-    """A thousand small gradients after one large: in bfloat16 each would round away."""
-    parameter = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
-    optimizer = NuMuon([parameter], lr=0.0, momentum=0.999, rank_schedule="fixed:1")
-    steps_of(optimizer, parameter, [torch.ones(2, 3, dtype=torch.bfloat16)] * 200)
-    momentum = optimizer.state[parameter]["momentum"]
-    torch.testing.assert_close(momentum, torch.full((2, 3), 1 - 0.999**200), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", [0, 2, 3], ids=["numuon", "muon", "adamw"])
-def test_a_gradient_that_is_not_finite_is_refused_and_nothing_moves(where: int, bad: float) -> None:
-    params = mixed_parameters(torch.float32)
-    optimizer = NuMuon(mixed_groups(params))
-    random_steps(optimizer, params, range(2))
-    weights, state = copy.deepcopy(params), copy.deepcopy(optimizer.state_dict())
-    for parameter in params:
-        parameter.grad = torch.randn_like(parameter)
-    params[where].grad = torch.full_like(params[where], bad)
-    with pytest.raises(LowRankError, match="is not finite at step 2") as caught:
-        optimizer.step()
-    assert str(list(params[where].shape)) in caught.value.message
-    assert caught.value.hint
-    assert all(torch.equal(parameter, old) for parameter, old in zip(params, weights, strict=True))
-    after = optimizer.state_dict()
-    assert after["param_groups"] == state["param_groups"]
-    assert after["state"].keys() == state["state"].keys() == {0, 1, 2, 3}
-    for index, tensors in state["state"].items():
-        assert all(torch.equal(after["state"][index][name], old) for name, old in tensors.items())
+@pytest.mark.parametrize("topk", TOPK)
+@pytest.mark.parametrize("rule", MATRIX_RULES)
+def test_batches_of_any_size_take_the_same_steps(rule: str, topk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in a side of 64, where a subspace of 42 columns shows which random ones it began with."""
+    results = []
+    for elements in (rules._BATCH_ELEMENTS, 2 * 64 * 64, 1):
+        monkeypatch.setattr(rules, "_BATCH_ELEMENTS", elements)
+        params = [nn.Parameter(torch.zeros(shape)) for shape in [(64, 64), (64, 96), (64, 64), (5, 9), (64, 64)]]
+        options: dict[str, Any] = {"rule": rule, "topk": topk, "rank_schedule": "fixed:0.3", "scale": "none"}
+        random_steps(NuMuon(params, lr=LR, spectral_decay=0.1, **options), params, range(3))
+        results.append(params)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            # Entries of 1e-3 a step; batched and single products may sum in another order.
+            torch.testing.assert_close(one, two, atol=2e-6, rtol=0)
 
 
 def test_a_parameter_without_a_gradient_stays() -> None:
-    params = mixed_parameters(torch.float32)
-    before = copy.deepcopy(params)
-    optimizer = NuMuon(mixed_groups(params), weight_decay=DECAY)
+    params = [nn.Parameter(torch.randn(6, 9)) for _ in RULES]
+    before = [p.detach().clone() for p in params]
+    groups = [{"params": [p], "rule": rule} for p, rule in zip(params, RULES, strict=True)]
+    optimizer = NuMuon(groups, weight_decay=DECAY, spectral_decay=DECAY, rank_schedule="fixed:0.5")
     optimizer.step()
     assert all(torch.equal(parameter, old) for parameter, old in zip(params, before, strict=True))
-    params[1].grad = torch.randn(7, 7)
+    params[1].grad = torch.randn(6, 9)
     optimizer.step()
     moved = [not torch.equal(parameter, old) for parameter, old in zip(params, before, strict=True)]
     assert moved == [False, True, False, False]
@@ -315,38 +252,13 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_comes_back() -> None
     assert second.item() < first.item()
 
 
-@pytest.mark.parametrize(
-    ("shape", "options", "message"),
-    [
-        ((4, 6), {"rule": "numuo"}, 'did you mean "numuon"'),
-        ((4, 6), {"rule": "lion"}, 'unknown optimizer rule "lion"'),
-        ((4, 6), {"rank_schedule": "fixed:0"}, "rank fraction must be in"),
-        ((4, 6), {"rank_schedule": "fixed:1.5"}, "rank fraction must be in"),
-        ((4, 6), {"rank_schedule": "cosine:1:0.25"}, "needs total_steps"),
-        ((4, 6), {"rank_schedule": "cosine:1:0.25", "total_steps": 0}, "total_steps must be at least 1, got 0"),
-        ((4,), {"rank_schedule": "fixed:1"}, r"rule numuon is for matrices; got parameters of shapes \[\(4,\)\]"),
-        ((4,), {"rule": "muon"}, "rule muon is for matrices"),
-        ((2, 2, 3, 3), {"rule": "muon"}, "rule muon is for matrices"),
-    ],
-)
-def test_a_group_that_cannot_be_served_is_refused(
-    shape: tuple[int, ...], options: dict[str, Any], message: str
-) -> None:
-    bad = nn.Parameter(torch.zeros(shape))
-    with pytest.raises(UsageError, match=message):
-        NuMuon([bad], **options)
-    optimizer = NuMuon([nn.Parameter(torch.zeros(3, 3))], rank_schedule="fixed:1")
-    with pytest.raises(UsageError, match=message):
-        optimizer.add_param_group({"params": [bad], "rank_schedule": "fixed:1"} | options)
-    assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize("rule", ["numuon", "muon", "adamw"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_training_lowers_the_loss(family: str, rule: str) -> None:
     """Thirty steps on one batch: from chance, ln 100 = 4.6 nats or more, to half of it."""
     model = build(family).train()
-    optimizer = NuMuon(parameter_groups(model, rule=rule, lr=1e-2, rank_schedule="fixed:0.5"))
+    lr = 1e-1 if rule == "sgd" else 1e-2
+    optimizer = NuMuon(parameter_groups(model, rule=rule, lr=lr, adamw_lr=1e-2, rank_schedule="fixed:0.5"))
     ids = token_ids(batch=2, length=12)
     losses = []
     for _ in range(30):

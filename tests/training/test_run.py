@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.config import to_dict
 from lowrank_kit.data.blocks import token_blocks
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.errors import LowRankError, UsageError
@@ -44,9 +44,19 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("optimizer", ["numuon", "muon", "adamw"])
-def test_a_run(optimizer: str, settings_for: Make, tmp_path: Path) -> None:
-    settings = settings_for(optimizer=optimizer, eval_every=4)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "numuon"},
+        {"optimizer": "numuon", "rank": "fixed:0.25", "spectral_decay": 0.1},
+        {"optimizer": "muon"},
+        {"optimizer": "adamw"},
+        {"optimizer": "sgd", "lr": 0.1, "adamw_lr": 1e-2},
+    ],
+    ids=["numuon", "numuon-fixed", "muon", "adamw", "sgd"],
+)
+def test_a_run(changes: dict[str, Any], settings_for: Make, tmp_path: Path) -> None:
+    settings = settings_for(eval_every=4, **changes)
     record = train(settings, tmp_path / "run", device="cpu")
     steps = [line for line in log_of(tmp_path / "run") if "loss" in line]
     validations = [line for line in log_of(tmp_path / "run") if "validation_loss" in line]
@@ -59,7 +69,8 @@ def test_a_run(optimizer: str, settings_for: Make, tmp_path: Path) -> None:
     assert max(line["lr"] for line in steps) == settings.peak_lr
     assert all(line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in steps)
     schedule = RankSchedule.parse(settings.rank)
-    fractions = [schedule.fraction(step / 8) if optimizer == "numuon" else None for step in range(8)]
+    numuon = settings.optimizer == "numuon"
+    fractions = [schedule.fraction(step / 8) if numuon else None for step in range(8)]
     assert [line["rank_fraction"] for line in steps] == pytest.approx(fractions)
 
 
@@ -96,7 +107,7 @@ def test_the_folder(settings_for: Make, tmp_path: Path) -> None:
     environment = record.pop("environment")
     assert environment["torch"]
     assert record == {
-        "settings": asdict(settings),
+        "settings": to_dict(settings),
         "finished": True,
         "step": 2,
         "validation_loss": record["validation_loss"],
@@ -213,14 +224,24 @@ def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
 
 
+# What an optimizer keeps beside its momentum: warm a basis, filter a threshold.
 @pytest.mark.parametrize(
-    ("step", "checkpoint"), [(5, 3), (8, 6), (2, 0)], ids=["between-checkpoints", "last-step", "before-the-first"]
+    ("step", "checkpoint", "changes"),
+    [
+        (5, 3, {}),
+        (8, 6, {}),
+        (2, 0, {}),
+        (5, 3, {"rank": "fixed:0.25", "spectral_decay": 0.1}),
+        (5, 3, {"rank": "fixed:0.25", "topk": "filter"}),
+        (5, 3, {"optimizer": "adamw"}),
+        (5, 3, {"optimizer": "sgd", "overrides": ("*.o_proj.*=muon",)}),
+    ],
+    ids=["between-checkpoints", "last-step", "before-the-first", "warm", "filter", "adamw", "overridden"],
 )
-@pytest.mark.parametrize("optimizer", ["numuon", "adamw"])
 def test_resumed_is_uninterrupted(
-    step: int, checkpoint: int, optimizer: str, settings_for: Make, tmp_path: Path, interrupt: Interrupt
+    step: int, checkpoint: int, changes: dict[str, Any], settings_for: Make, tmp_path: Path, interrupt: Interrupt
 ) -> None:
-    settings = settings_for(optimizer=optimizer, **RESUMABLE)
+    settings = settings_for(**changes, **RESUMABLE)
     whole = train(settings, tmp_path / "whole", device="cpu")
     stopped_run(settings, tmp_path / "run", step, interrupt)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False

@@ -1,0 +1,75 @@
+"""Tables and picture of evals/defaults from results.json: tables.md and front.png.
+
+python evals/defaults/table.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from lowrank_kit.quickstart import KEEPS
+from lowrank_kit.report.files import write_png, write_text
+from lowrank_kit.report.plots import pareto_plot
+from lowrank_kit.report.tables import markdown_table
+
+HERE = Path(__file__).parent
+SIZES = ("dense", *(f"{keep:g}" for keep in KEEPS))
+
+
+def main() -> None:
+    trials = json.loads((HERE / "results.json").read_text())["trials"]
+    tuning = [t for t in trials if t["trial"]["stage"] == "tune"]
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    for t in trials:
+        if t["trial"]["stage"] == "report":
+            chosen.setdefault(t["trial"]["name"], []).append(t)
+    parts = ["## Over seeds, on the held-out part", markdown_table([_report_row(*item) for item in chosen.items()])]
+    parts += ["## Trials, one seed, on a split of the training part", markdown_table([_tune_row(t) for t in tuning])]
+    write_text(HERE / "tables.md", "\n\n".join(parts) + "\n")
+    if chosen:
+        figure = pareto_plot(
+            {name: _curve(runs) for name, runs in chosen.items()},
+            x_label="matrix parameters kept",
+            y_label="held-out loss, nats per token",
+            title=f"Loss against parameters kept, mean of {len(next(iter(chosen.values())))} seeds",
+        )
+        write_png(HERE / "front.png", figure)
+
+
+def _tune_row(trial: dict[str, Any]) -> dict[str, Any]:
+    settings = trial["trial"]["settings"]
+    shown = {key: value for key, value in settings.items() if key not in ("optimizer", "lr", "adamw_lr", "rank")}
+    return {
+        "optimizer": settings["optimizer"],
+        "lr": f"{settings['lr']:g}",
+        "AdamW lr": f"{settings.get('adamw_lr', settings['lr']):g}",
+        "rank": settings.get("rank"),
+        "further": ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items()) or None,
+        **{size: f"{trial['perplexity'][size]:.1f}" for size in SIZES},
+        "effective rank": f"{trial['effective_rank_share']:.2f}",
+    }
+
+
+def _report_row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"optimizer": name, "seeds": len(runs)}
+    for size in SIZES:
+        losses = [math.log(run["perplexity"][size]) for run in runs]
+        spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
+        row[size] = f"{mean(losses):.3f}{spread}"
+    row["effective rank"] = f"{mean(run['effective_rank_share'] for run in runs):.2f}"
+    return row
+
+
+def _curve(runs: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
+    kept = (1.0, *KEEPS)
+    return [
+        (x, mean(math.log(run["perplexity"][size]) for run in runs), size) for x, size in zip(kept, SIZES, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The rank-k step of a batch of momenta, by the mode of its group, and what each mode keeps between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_kit.linalg.polar import newton_schulz, polar_express
+from lowrank_kit.linalg.spectral_filter import filter_topk_polar, first_threshold
+from lowrank_kit.linalg.subspace import basis_columns, krylov_topk_polar, random_basis, warm_topk_polar
+from lowrank_kit.linalg.topk import lmo_ratio, rank_of_fraction, topk_polar
+
+# From here on a full-rank step is cheaper than one of a subspace, and nearly the same.
+FULL_RANK_FRACTION = 0.9
+POLARS: dict[str, Callable[[Tensor], Tensor]] = {"newton_schulz": newton_schulz, "polar_express": polar_express}
+# Below this ratio to the exact step, warm takes half as many further columns again, up to half of k.
+LEAST_LMO_RATIO = 0.99
+_MOST_OVERSAMPLING = 0.5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Part number `part` of some parameters of one shape and one group.
+
+    Args:
+        group: their group.
+        states: their optimizer states.
+        indices: their places in the group, which seed what is random.
+        part: number of the part, 0 where a parameter is one matrix.
+        cold: what the mode keeps between steps has just been made.
+    """
+
+    group: dict[str, Any]
+    states: list[dict[str, Any]]
+    indices: list[int]
+    part: int = 0
+    cold: bool = False
+
+    def read(self, key: str) -> list[Tensor]:
+        """What an earlier step kept, parameter by parameter."""
+        return [state[f"{key}.{self.part}"] for state in self.states]
+
+    def write(self, key: str, values: Tensor, dtype: torch.dtype) -> None:
+        """Keep [parameters, ...] for the next step."""
+        for state, value in zip(self.states, values, strict=True):
+            state[f"{key}.{self.part}"] = value.to(dtype, copy=True)
+
+    def seed(self, index: int) -> int:
+        """Of a parameter's random columns: by its place and the step, never by the process that holds it."""
+        return (self.group["step"] * 10_000 + index) * 100 + self.part
+
+
+def _warm(M: Tensor, k: int, batch: Batch) -> Tensor:
+    side = min(M.shape[-2:])
+    columns = basis_columns(k, side, batch.group["oversampling"])
+    bases = []
+    for V, index in zip(batch.read("basis"), batch.indices, strict=True):
+        if V.shape[-1] < columns:
+            fresh = random_basis(side, columns - V.shape[-1], batch.seed(index)).to(V.device)
+            V = torch.cat([V.float(), fresh.expand(*V.shape[:-2], -1, -1)], dim=-1)
+        bases.append(V[..., :columns].float())
+    step, basis = warm_topk_polar(M, k, torch.stack(bases), cold=batch.cold)
+    batch.write("basis", basis, getattr(torch, batch.group["basis_dtype"]))
+    return step
+
+
+def _krylov(M: Tensor, k: int, batch: Batch) -> Tensor:
+    # One block for the whole group: the step is the same however its parameters are batched.
+    return krylov_topk_polar(M, k, seed=batch.seed(0))
+
+
+def _exact(M: Tensor, k: int, batch: Batch) -> Tensor:
+    return topk_polar(M, k)
+
+
+def _filter(M: Tensor, k: int, batch: Batch) -> Tensor:
+    step, threshold = filter_topk_polar(M, k, torch.stack(batch.read("threshold")))
+    batch.write("threshold", threshold, torch.float32)
+    return step
+
+
+# A new mode is one line here and one row in the contract test.
+TOPK: dict[str, Callable[[Tensor, int, Batch], Tensor]] = {
+    "warm": _warm,
+    "krylov": _krylov,
+    "exact": _exact,
+    "filter": _filter,
+}
+
+
+def is_truncated(group: dict[str, Any]) -> bool:
+    """Whether the group takes a rank-k step now, and not one of full rank."""
+    return group["rule"] == "numuon" and group["rank_fraction"] < FULL_RANK_FRACTION
+
+
+def make_memory(batch: Batch, shape: torch.Size, device: torch.device) -> bool:
+    """Make what the group's mode keeps between steps, for states that lack it; whether any did.
+
+    Done for all parameters of a group at the same step, with a gradient or without: every process then holds the same
+    keys, which distributed checkpoints rely on.
+
+    Args:
+        batch: of a group that takes a rank-k step.
+        shape: of the part, [..., out, in].
+        device: of the parameters.
+    """
+    group = batch.group
+    key = {"warm": "basis", "filter": "threshold"}.get(group["topk"])
+    missing = [
+        (s, i) for s, i in zip(batch.states, batch.indices, strict=True) if key and f"{key}.{batch.part}" not in s
+    ]
+    side = min(shape[-2:])
+    k = rank_of_fraction(group["rank_fraction"], shape, multiple=group["rank_multiple"])
+    for state, index in missing:
+        if key == "basis":
+            columns = basis_columns(k, side, group["oversampling"])
+            fresh = random_basis(side, columns, batch.seed(index)).expand(*shape[:-2], -1, -1)
+        else:
+            fresh = torch.full((*shape[:-2], 1, 1), first_threshold(max(k, 1)))  # an empty matrix has k = 0
+        dtype = getattr(torch, group["basis_dtype"]) if key == "basis" else torch.float32
+        state[f"{key}.{batch.part}"] = fresh.to(device, dtype, copy=True)
+    return bool(missing)
+
+
+def direction(M: Tensor, batch: Batch) -> Tensor:
+    """The step of a batch before its scale: polar factor of the top-k part, or of the whole momentum.
+
+    Args:
+        M: [parameters, ..., out, in] float32.
+        batch: whose momenta these are; its states and its group's health figures are updated.
+
+    Returns:
+        Like M, singular values at most about 1.
+    """
+    group = batch.group
+    if group["rule"] == "muon":
+        return POLARS[group["polar"]](M)
+    if not is_truncated(group):
+        return polar_express(M)
+    k = rank_of_fraction(group["rank_fraction"], M.shape, multiple=group["rank_multiple"])
+    step = TOPK[group["topk"]](M, k, batch)
+    _check_health(M, step, k, batch)
+    return step
+
+
+def _check_health(M: Tensor, step: Tensor, k: int, batch: Batch) -> None:
+    """At the first rank-k step and every `health_every`, compare one matrix with the exact step, in turn."""
+    group = batch.group
+    due = group["lmo_ratio"] is None or group["step"] % max(group["health_every"], 1) == 0
+    if batch.part or not group["health_every"] or not due:
+        return
+    turn = group["step"] // group["health_every"]
+    chosen = turn % len(group["params"])
+    if chosen not in batch.indices:
+        return
+    place = batch.indices.index(chosen)
+    momenta, steps = (X[place].reshape(-1, *X.shape[-2:]) for X in (M, step))
+    one = turn % len(momenta)
+    group["lmo_ratio"] = ratio = lmo_ratio(momenta[one], steps[one], k)
+    if ratio < LEAST_LMO_RATIO and group["topk"] == "warm":
+        group["oversampling"] = min(_MOST_OVERSAMPLING, 1.5 * group["oversampling"])

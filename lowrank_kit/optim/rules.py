@@ -1,0 +1,169 @@
+"""One step of a group by its rule.
+
+Shape legend: the last two dimensions are a matrix [out, in], leading ones are a batch of matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lowrank_kit.linalg.polar import newton_schulz
+from lowrank_kit.optim.layout import Layout
+from lowrank_kit.optim.modes import Batch, direction, is_truncated, make_memory
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+# Scale of a matrix rule's step by the shape of the matrix. RMS of an AdamW step: Moonlight (arXiv 2502.16982), 2.2.
+ADAMW_RMS = 0.2
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms": lambda rows, columns: ADAMW_RMS * math.sqrt(max(rows, columns)),
+    "spectral": lambda rows, columns: math.sqrt(rows / columns),
+    "none": lambda rows, columns: 1.0,
+}
+# Matrices of one shape are stepped together, up to 256 MiB of float32 a tensor.
+_BATCH_ELEMENTS = 2**26
+
+
+def layout_of(group: Group) -> Layout:
+    """How the matrices lie in the parameters of a group."""
+    return Layout(group["transposed"], tuple(group["split"]), group["split_groups"])
+
+
+def _matrix_step(group: Group, states: list[State]) -> None:
+    layout = layout_of(group)
+    for p, state in zip(group["params"], states, strict=True):
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p, dtype=getattr(torch, group["momentum_dtype"]))
+    cold = is_truncated(group) and _make_memory(group, states, layout)
+    for indices in _same_shape(group["params"]):
+        _step_together(group, [states[i] for i in indices], indices, layout, cold=cold)
+
+
+def _make_memory(group: Group, states: list[State], layout: Layout) -> bool:
+    made = False
+    for index, (p, state) in enumerate(zip(group["params"], states, strict=True)):
+        for part, X in enumerate(layout.parts(torch.empty(p.shape, device="meta"))):
+            made |= make_memory(Batch(group, [state], [index], part), X.shape, p.device)
+    return made
+
+
+def _same_shape(params: list[Tensor]) -> Iterator[list[int]]:
+    """Places of the parameters with a gradient, by shape and device, in batches of bounded size."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, p in enumerate(params):
+        if p.grad is not None and p.numel():
+            alike[p.shape, p.device].append(index)
+    for (shape, _device), indices in alike.items():
+        together = max(1, _BATCH_ELEMENTS // shape.numel())
+        for start in range(0, len(indices), together):
+            yield indices[start : start + together]
+
+
+def _step_together(group: Group, states: list[State], indices: list[int], layout: Layout, *, cold: bool) -> None:
+    params = [group["params"][i] for i in indices]
+    grads = torch.stack([p.grad.float() for p in params])
+    before = torch.stack([state["momentum"].float() for state in states])
+    used = _used(grads)
+    momenta = before.lerp(grads, 1 - group["momentum"])
+    if used is not None:
+        momenta = torch.where(used, momenta, before)
+    nesterov = group["rule"] == "muon" if group["nesterov"] is None else group["nesterov"]
+    M = grads.lerp(momenta, group["momentum"]) if nesterov else momenta
+    scale = SCALES[group["scale"]]
+    steps = [
+        direction(part, Batch(group, states, indices, number, cold)) * scale(part.shape[-2], part.shape[-1])
+        for number, part in enumerate(layout.parts(M))
+    ]
+    D = layout.join(steps)
+    shrink = torch.full_like(D[..., :1, :1], 1 - group["lr"] * group["weight_decay"])
+    if used is not None:
+        D, shrink = D * used, torch.where(used, shrink, 1.0)
+    for p, state, momentum, d, keep in zip(params, states, momenta, D, shrink, strict=True):
+        state["momentum"].copy_(momentum)
+        W = p.float()  # the parameter itself where it is float32; else rounded once, at the end
+        p.copy_(W.mul_(keep).sub_(d, alpha=group["lr"]))
+
+
+def _used(grads: Tensor) -> Tensor | None:
+    """Which experts of fused ones [parameters, experts, out, in] had a token: the others' gradients are zero."""
+    return grads.ne(0).any(dim=(-2, -1), keepdim=True) if grads.ndim > 3 else None
+
+
+def _adamw_step(group: Group, states: list[State]) -> None:
+    for p, state in zip(group["params"], states, strict=True):
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p, dtype=_arithmetic_dtype(p))
+    stepped = [(p, state) for p, state in zip(group["params"], states, strict=True) if p.grad is not None]
+    params = [p.to(_arithmetic_dtype(p)) for p, _ in stepped]
+    beta1, beta2 = group["betas"]
+    adamw(
+        params,
+        [p.grad.to(_arithmetic_dtype(p)) for p, _ in stepped],
+        [state["exp_avg"] for _, state in stepped],
+        [state["exp_avg_sq"] for _, state in stepped],
+        [],
+        [state["step"] for _, state in stepped],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    for (p, _), new in zip(stepped, params, strict=True):
+        p.copy_(new)
+
+
+def _sgd_step(group: Group, states: list[State]) -> None:
+    for p, state in zip(group["params"], states, strict=True):
+        if not state:
+            state["momentum"] = torch.zeros_like(p, dtype=_arithmetic_dtype(p))
+        if p.grad is None:
+            continue
+        grad = p.grad.to(_arithmetic_dtype(p))
+        momentum = state["momentum"].mul_(group["momentum"]).add_(grad)
+        step = grad.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+        W = p.to(_arithmetic_dtype(p))
+        p.copy_(W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"]))
+
+
+def _arithmetic_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+# A new rule is one line here.
+MATRIX_RULES = ("numuon", "muon")
+RULES: dict[str, Callable[[Group, list[State]], None]] = {
+    **dict.fromkeys(MATRIX_RULES, _matrix_step),
+    "adamw": _adamw_step,
+    "sgd": _sgd_step,
+}
+
+
+def spectral_decay(group: Group) -> None:
+    """W <- W - lr spectral_decay polar(W) for the matrices of a group that had a gradient, after their step.
+
+    Source: spectral weight decay (arXiv 2610.11730): additive and post-step, by five Newton-Schulz steps.
+    """
+    layout = layout_of(group)
+    for indices in _same_shape(group["params"]):
+        params = [group["params"][i] for i in indices]
+        if params[0].ndim < 2:
+            continue
+        W = torch.stack([p.float() for p in params])
+        D = layout.join([newton_schulz(part) for part in layout.parts(W)])
+        used = _used(torch.stack([p.grad for p in params]))
+        D = D if used is None else D * used
+        for p, w, d in zip(params, W, D, strict=True):
+            p.copy_(w.sub_(d, alpha=group["lr"] * group["spectral_decay"]))

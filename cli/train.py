@@ -23,9 +23,9 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--optimizer", metavar="NAME", default="numuon", show_default=True, help="numuon, muon, adamw or sgd.")
 @click.option("--lr", type=float, default=None, help="Peak learning rate; left out, the optimizer's default.")
 @click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, --lr.")
-@click.option("--rank", metavar="SCHEDULE", default="cosine:1:0.25", show_default=True, help="Of numuon: see below.")
+@click.option("--rank", metavar="SCHEDULE", default=None, help="Of numuon: see below.")
 @click.option("--topk", metavar="NAME", default="warm", show_default=True, help="How numuon finds its step: see below.")
-@click.option("--spectral-decay", type=float, default=0.0, show_default=True, help="Lowers all singular values.")
+@click.option("--spectral-decay", type=float, default=None, help="Lowers all singular values of the matrices.")
 @click.option(
     "--override", "overrides", metavar="PATTERN=RULE", multiple=True, help="By name, once or more often: see below."
 )
@@ -40,8 +40,8 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--lr-schedule", metavar="NAME", default="cosine", show_default=True, help="cosine, linear or constant.")
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Decoupled.")
-@click.option("--momentum", type=float, default=0.95, show_default=True, help="Of numuon, muon and sgd.")
-@click.option("--nesterov/--no-nesterov", default=None, help="Left out: on for muon, off for the others.")
+@click.option("--momentum", type=float, default=None, help="Of numuon, muon and sgd.")
+@click.option("--nesterov/--no-nesterov", default=None, help="Look ahead, of numuon, muon and sgd.")
 @click.option("--clip", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0: no clipping.")
 @click.option("--bf16/--no-bf16", default=False, help="bfloat16 autocast; weights stay float32.")
 @click.option("--eval-every", type=int, default=0, show_default=True, help="Steps between validations; 0: at the end.")
@@ -64,7 +64,8 @@ def command(
 
     Trains from --model-config, or MODEL (a folder or a hub name), on a text source; writes a Hugging Face folder.
 
-    A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from 80 % on) or
+    The defaults of --lr, --rank, --momentum, --nesterov and --spectral-decay are those of the optimizer; run.json holds
+    what was chosen. A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from 80 % on) or
     piecewise:1@0,0.5@0.3. The step is found by topk warm, krylov, exact or filter. An override reads
     "*.o_proj.*=adamw" or "*.down_proj.*=rank_schedule=fixed:0.5".
     """

@@ -1,6 +1,6 @@
 """Time, accuracy and memory of the rank-k step, against Newton-Schulz and torch.optim.Muon.
 
-    python evals/optimizer_step/bench.py                # all parts, on the CPU with one thread: about 20 minutes
+    python evals/optimizer_step/bench.py                # all parts, on the CPU with one thread: about 15 minutes
     python evals/optimizer_step/bench.py --device cuda  # the same table in bfloat16, larger matrices, a 100M model
     python evals/optimizer_step/bench.py --part quality
 
@@ -73,36 +73,46 @@ def time_ratios(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for shape in SHAPES[device.type]:
         M = decaying(shape).to(device)
+        side = min(shape)
+        variants: dict[str, Callable[[], Any]] = {
+            "Newton-Schulz": partial(newton_schulz, M),
+            "Polar Express": partial(polar_express, M),
+            "exact": partial(topk_polar, M, side // 4),
+        }
         for fraction in FRACTIONS:
             k = rank_of_fraction(fraction, shape)
-            columns = basis_columns(k, min(shape))
-            basis = random_basis(min(shape), columns, seed=0).to(device)
+            basis = random_basis(side, basis_columns(k, side), seed=0).to(device)
             for _ in range(3):
                 _, basis = warm_topk_polar(M, k, basis)
-            variants: dict[str, Callable[[], Any]] = {
-                "Newton-Schulz": partial(newton_schulz, M),
-                "warm": partial(warm_topk_polar, M, k, basis),
-                "krylov": partial(krylov_topk_polar, M, k),
-                "exact": partial(topk_polar, M, k),
-                "Polar Express": partial(polar_express, M),
-            }
+            variants[f"warm {fraction}"] = partial(warm_topk_polar, M, k, basis)
+            variants[f"krylov {fraction}"] = partial(krylov_topk_polar, M, k)
             if max(shape) <= 1024:
                 _, threshold = filter_topk_polar(M, k)
-                variants["filter"] = partial(filter_topk_polar, M, k, threshold)
-            seconds = interleaved(variants, rounds)
-            base = seconds["Newton-Schulz"]
-            row: dict[str, Any] = {"shape": " x ".join(map(str, shape)), "fraction": fraction, "k": k}
-            row["Newton-Schulz ms"] = 1e3 * median(base)
-            row |= {name: spread(ratios(seconds[name], base)) for name in variants if name != "Newton-Schulz"}
-            row["krylov / warm"] = spread(ratios(seconds["krylov"], seconds["warm"]))
-            row["goal"] = GOALS[fraction]
-            rows.append(row)
+                variants[f"filter {fraction}"] = partial(filter_topk_polar, M, k, threshold)
+        seconds = interleaved(variants, rounds if side < 2048 or device.type == "cuda" else min(rounds, 3))
+        base = seconds["Newton-Schulz"]
+        for fraction in FRACTIONS:
+            warm, krylov = (seconds[f"{name} {fraction}"] for name in ("warm", "krylov"))
+            rows.append(
+                {
+                    "shape": " x ".join(map(str, shape)),
+                    "fraction": fraction,
+                    "Newton-Schulz ms": 1e3 * median(base),
+                    "warm": spread(ratios(warm, base)),
+                    "goal": GOALS[fraction],
+                    "krylov": spread(ratios(krylov, base)),
+                    "krylov / warm": spread(ratios(krylov, warm)),
+                    "exact": spread(ratios(seconds["exact"], base)),
+                    "Polar Express": spread(ratios(seconds["Polar Express"], base)),
+                    "filter": spread(ratios(seconds.get(f"filter {fraction}", []), base)),
+                }
+            )
     return rows
 
 
 def quality(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """The step on real momentum: ratio to the exact step, largest singular value, rank; 12 steps of drift."""
-    momenta = record_momentum(device, steps=60, recorded=12)
+    momenta = record_momentum(device, steps=50, recorded=12)
     rows = []
     for fraction in FRACTIONS:
         found: dict[str, list[tuple[float, float, float]]] = {}
@@ -242,13 +252,13 @@ def interleaved(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 
 
 def ratios(times: list[float], base: list[float]) -> list[float]:
-    """Round by round."""
-    return [one / other for one, other in zip(times, base, strict=True)]
+    """Round by round; none for a variant that was not run."""
+    return [one / other for one, other in zip(times, base, strict=False)]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str | None:
     """Median, with the smallest and largest."""
-    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else None
 
 
 def decaying(shape: tuple[int, int]) -> Tensor:
@@ -261,13 +271,13 @@ def decaying(shape: tuple[int, int]) -> Tensor:
 
 
 def record_momentum(device: torch.device, *, steps: int, recorded: int) -> dict[str, list[Tensor]]:
-    """Momenta of four matrices of a Llama 768 wide, over the last steps of a short training with Muon."""
+    """Momenta of four matrices of a Llama 768 wide, over the last steps of a short training with NuMuon."""
     corpus = load_corpus(max_bytes=4_000_000)
     tokenizer = train_tokenizer((d.text for d in corpus.train), 2048, 128)
     blocks = token_blocks(corpus.train, tokenizer, 128)
     shape = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 2, "num_attention_heads": 12}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, **shape)).to(device)
-    optimizer = NuMuon(parameter_groups(model, rule="muon", lr=2e-3, nesterov=False))
+    optimizer = NuMuon(parameter_groups(model, rule="numuon", lr=4e-3, rank_schedule="fixed:0.5"))
     chosen = {
         name: p
         for name, p in model.named_parameters()

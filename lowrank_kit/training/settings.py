@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lowrank_kit.errors import UsageError, did_you_mean
 from lowrank_kit.optim import parse_overrides
@@ -13,8 +14,15 @@ from lowrank_kit.optim.schedule import RankSchedule
 
 OPTIMIZERS = tuple(RULES)
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-# What a learning rate left out means stands here, once.
-DEFAULT_LR = {"numuon": 4e-3, "muon": 2e-3, "adamw": 2e-3, "sgd": 1e-1}
+# What a setting left out means stands here, once. Those of numuon are the best of evals/defaults, where muon and adamw
+# gain by spectral decay too; left out, these are what their names say.
+_PLAIN = {"momentum": 0.95, "nesterov": None, "spectral_decay": 0.0, "rank": "fixed:0.6"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "numuon": {**_PLAIN, "lr": 6e-3, "momentum": 0.9, "nesterov": True, "spectral_decay": 0.8},
+    "muon": {**_PLAIN, "lr": 4e-3},
+    "adamw": {**_PLAIN, "lr": 2e-3},
+    "sgd": {**_PLAIN, "lr": 1e-1},
+}
 # Setting -> its least value, and one that is usual.
 _LEAST = {
     "steps": (1, 1000),
@@ -35,7 +43,7 @@ _LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Settings of `lowrank train`.
+    """Settings of `lowrank train`. What is None here has a default for each optimizer, which `RECIPES` holds.
 
     Args:
         model: checkpoint to fine-tune, a folder or a hub name. Exactly one of `model` and `model_config`.
@@ -44,7 +52,7 @@ class TrainSettings:
         tokenizer: folder or hub name of a tokenizer; None takes the model's own or trains a byte-level BPE.
         vocab_size: of a tokenizer trained here.
         optimizer: numuon, muon, adamw or sgd.
-        lr: peak learning rate; None takes the optimizer's default.
+        lr: peak learning rate.
         adamw_lr: peak learning rate of embeddings, head and vectors, which are left to AdamW; None is
             lr, or AdamW's default where lr is left out too.
         lr_schedule: cosine, linear or constant, after the warm-up.
@@ -52,7 +60,7 @@ class TrainSettings:
         weight_decay: decoupled.
         spectral_decay: of the matrices, see `NuMuon`.
         momentum: of numuon, muon and sgd.
-        nesterov: whether these step along Nesterov's look ahead; None is on for muon, off for the others.
+        nesterov: whether these step along Nesterov's look ahead.
         rank: rank schedule of numuon, see `RankSchedule.parse`.
         topk: how numuon finds its step: warm, krylov, exact or filter.
         overrides: PATTERN=RULE or PATTERN=KEY=VALUE, for parameters by name: see `parse_overrides`.
@@ -85,10 +93,10 @@ class TrainSettings:
     lr_schedule: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
-    spectral_decay: float = 0.0
-    momentum: float = 0.95
+    spectral_decay: float | None = None
+    momentum: float | None = None
     nesterov: bool | None = None
-    rank: str = "cosine:1:0.25"
+    rank: str | None = None
     topk: str = "warm"
     overrides: tuple[str, ...] = ()
     steps: int | None = None
@@ -126,19 +134,19 @@ class TrainSettings:
                 raise UsageError(f"{name} must be at least {least}, got {value:g}", hint=hint)
         if self.topk not in TOPK:
             raise UsageError(f'unknown topk "{self.topk}"', hint=did_you_mean(self.topk, TOPK))
-        if not 0 <= self.momentum < 1:
+        if not 0 <= self.chosen("momentum") < 1:
             raise UsageError(f"momentum must be in [0, 1), got {self.momentum:g}", hint="--momentum 0.95")
         if not 0 <= self.warmup < 1:
             raise UsageError(
                 f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}", hint="--warmup 0.05"
             )
-        for name, example in (("lr", DEFAULT_LR[self.optimizer]), ("adamw_lr", DEFAULT_LR["adamw"])):
+        for name, example in (("lr", RECIPES[self.optimizer]["lr"]), ("adamw_lr", RECIPES["adamw"]["lr"])):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 hint = f"--{name.replace('_', '-')} {example:g}"
                 raise UsageError(f"{name} must be above 0, got {value:g}", hint=hint)
         # The optimizer reads it too, but only when the run's folder has been made.
-        RankSchedule.parse(self.rank)
+        RankSchedule.parse(self.chosen("rank"))
         parse_overrides(self.overrides)
 
     @property
@@ -157,10 +165,15 @@ class TrainSettings:
     @property
     def peak_lr(self) -> float:
         """The learning rate, or the optimizer's default."""
-        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+        return self.chosen("lr")
 
     @property
     def peak_adamw_lr(self) -> float:
         """The learning rate of what is no matrix."""
         given = self.lr if self.adamw_lr is None else self.adamw_lr
-        return DEFAULT_LR["adamw"] if given is None else given
+        return RECIPES["adamw"]["lr"] if given is None else given
+
+    def chosen(self, name: str) -> Any:
+        """A setting of the optimizer: as given, or its default for this optimizer."""
+        given = getattr(self, name)
+        return RECIPES[self.optimizer][name] if given is None else given

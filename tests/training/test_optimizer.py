@@ -98,7 +98,7 @@ def test_what_steps_what_is_told_once(settings_for: Make, tmp_path: Path, caplog
     assert told.levelno == logging.INFO
     rows = [line.split() for line in told.message.splitlines()]
     assert ["o", "2", "32", "x", "32", "sgd", "0.01", "-"] in rows
-    assert ["down", "2", "32", "x", "80", "numuon", "0.01", "32", "to", "8", "of", "32"] in rows
+    assert ["down", "2", "32", "x", "80", "numuon", "0.01", "20", "of", "32"] in rows
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_run(changes: dict[str, Any], settings_for: Make, tmp_path: Path) -> N
     assert validations[-1]["validation_loss"] == record["validation_loss"] < validations[0]["validation_loss"]
     assert max(line["lr"] for line in steps) == settings.peak_lr
     assert all(line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in steps)
-    schedule = RankSchedule.parse(settings.rank)
+    schedule = RankSchedule.parse(settings.chosen("rank"))
     numuon = settings.optimizer == "numuon"
     fractions = [schedule.fraction(step / 8) if numuon else None for step in range(8)]
     assert [line["rank_fraction"] for line in steps] == pytest.approx(fractions)
@@ -115,6 +115,7 @@ def test_the_folder(settings_for: Make, tmp_path: Path) -> None:
         "step_tokens": 128,
         "peak_lr": 1e-2,
         "peak_adamw_lr": 1e-2,
+        "chosen": {name: settings.chosen(name) for name in ("momentum", "nesterov", "spectral_decay", "rank")},
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrix_parameters": 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 80),
         "corpus": {
@@ -280,7 +281,7 @@ def test_a_checkpoint_cut_short_is_passed_over(settings_for: Make, tmp_path: Pat
 def test_resuming_with_other_settings(settings_for: Make, tmp_path: Path, interrupt: Interrupt) -> None:
     stopped_run(settings_for(**RESUMABLE), tmp_path / "run", 4, interrupt)
     other = settings_for(**RESUMABLE, lr=2e-2, rank="fixed:0.5")
-    with pytest.raises(UsageError, match=r'other settings: lr: 0.01 -> 0.02; rank: "cosine:1:0.25" -> "fixed:0.5"\n'):
+    with pytest.raises(UsageError, match=r'other settings: lr: 0.01 -> 0.02; rank: null -> "fixed:0.5"\n'):
         train(other, tmp_path / "run", resume=True, device="cpu")
 
 

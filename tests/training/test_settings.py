@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.training.presets import PRESETS, model_config
-from lowrank_kit.training.settings import DEFAULT_LR, OPTIMIZERS, TrainSettings
+from lowrank_kit.training.settings import RECIPES, OPTIMIZERS, TrainSettings
 from tests.families import FAMILIES
 
 IDS = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7}
@@ -64,14 +64,22 @@ def test_tokens_are_rounded_up_to_steps() -> None:
 
 
 def test_every_optimizer_has_a_learning_rate() -> None:
-    assert tuple(DEFAULT_LR) == OPTIMIZERS
-    for optimizer, lr in DEFAULT_LR.items():
-        assert TrainSettings(model_config="1m", steps=1, optimizer=optimizer).peak_lr == lr
+    assert tuple(RECIPES) == OPTIMIZERS
+    for optimizer, recipe in RECIPES.items():
+        assert TrainSettings(model_config="1m", steps=1, optimizer=optimizer).peak_lr == recipe["lr"]
     assert TrainSettings(model_config="1m", steps=1, lr=0.5).peak_lr == 0.5
 
 
+def test_what_is_left_out_is_the_optimizers_own() -> None:
+    numuon = TrainSettings(model_config="1m", steps=1, momentum=0.5, rank="fixed:0.1")
+    assert [numuon.chosen(name) for name in ("momentum", "rank")] == [0.5, "fixed:0.1"]
+    assert numuon.chosen("spectral_decay") == RECIPES["numuon"]["spectral_decay"] > 0
+    assert TrainSettings(model_config="1m", steps=1, spectral_decay=0.0).chosen("spectral_decay") == 0
+    assert TrainSettings(model_config="1m", steps=1, optimizer="muon").chosen("spectral_decay") == 0
+
+
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, DEFAULT_LR["adamw"]), ({"lr": 0.5}, 0.5), ({"lr": 0.5, "adamw_lr": 0.1}, 0.1)]
+    ("given", "expected"), [({}, RECIPES["adamw"]["lr"]), ({"lr": 0.5}, 0.5), ({"lr": 0.5, "adamw_lr": 0.1}, 0.1)]
 )
 def test_what_is_no_matrix_has_a_learning_rate_too(given: dict[str, Any], expected: float) -> None:
     assert TrainSettings(model_config="1m", steps=1, **given).peak_adamw_lr == expected

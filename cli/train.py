@@ -65,8 +65,8 @@ def command(
     Trains from --model-config, or MODEL (a folder or a hub name), on a text source; writes a Hugging Face folder.
 
     The defaults of --lr, --rank, --momentum, --nesterov and --spectral-decay are those of the optimizer; run.json holds
-    what was chosen. A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from 80 % on) or
-    piecewise:1@0,0.5@0.3. The step is found by topk warm, krylov, exact or filter. An override reads
+    what was chosen. A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from
+    80 % on) or piecewise:1@0,0.5@0.3. The step is found by topk warm, krylov, exact or filter. An override reads
     "*.o_proj.*=adamw" or "*.down_proj.*=rank_schedule=fixed:0.5".
     """
     from lowrank_kit.config import load_settings

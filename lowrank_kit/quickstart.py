@@ -26,18 +26,14 @@ from lowrank_kit.report.plots import decay_bands_plot, pareto_plot
 from lowrank_kit.report.tables import markdown_table
 from lowrank_kit.spectra.measure import Spectra, measure
 from lowrank_kit.training.run import train
-from lowrank_kit.training.settings import TrainSettings
+from lowrank_kit.training.settings import RECIPES, TrainSettings
 
 logger = logging.getLogger(__name__)
 
 TASK = "stdlib_cloze"
 KEEPS = (0.8, 0.6, 0.4, 0.2)
-# The best of each optimizer in trials at the small size; for numuon the lowest loss at keep 0.4: evals/quickstart.
-RECIPES: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 2e-3},
-    "muon": {"lr": 4e-3, "adamw_lr": 2e-3},
-    "numuon": {"lr": 4e-3, "adamw_lr": 2e-3, "rank": "fixed:0.35"},
-}
+# Each with its defaults, as `lowrank train --optimizer` has them.
+OPTIMIZERS = ("adamw", "muon", "numuon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +112,7 @@ def quickstart(output: Path, *, size: str = "small", seed: int = 0) -> dict[str,
         _prepare(folder, chosen, corpus, seed)
         rows: list[dict[str, Any]] = []
         spectra: dict[str, Spectra] = {}
-        for optimizer in RECIPES:
+        for optimizer in OPTIMIZERS:
             logger.info("%s: train %d steps", optimizer, chosen.steps)
             train(_train_settings(folder, chosen, optimizer, seed), folder / optimizer)
             spectra[optimizer] = measure(Checkpoint.open(folder / optimizer), progress=False)
@@ -129,7 +125,7 @@ def quickstart(output: Path, *, size: str = "small", seed: int = 0) -> dict[str,
             "size": size,
             "seed": seed,
             "models": rows,
-            "settings": {"recipes": RECIPES, **_plain(chosen)},
+            "settings": {"recipes": {name: RECIPES[name] for name in OPTIMIZERS}, **_plain(chosen)},
             "corpus_sha256": corpus.sha256,
             "seconds": round(time.perf_counter() - started, 1),
             "environment": environment(),
@@ -167,7 +163,6 @@ def _train_settings(folder: Path, size: Size, optimizer: str, seed: int) -> Trai
         max_bytes=size.max_bytes,
         eval_blocks=size.eval_blocks,
         seed=seed,
-        **RECIPES[optimizer],
     )
 
 

@@ -13,7 +13,7 @@ from cli.main import run
 from lowrank_kit import quickstart as module
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.errors import UsageError
-from lowrank_kit.quickstart import KEEPS, RECIPES, SIZES, quickstart
+from lowrank_kit.quickstart import KEEPS, OPTIMIZERS, SIZES, quickstart
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert printed == document
     rows = document["models"]
     assert [(row["optimizer"], row["keep"]) for row in rows] == [
-        (optimizer, keep) for optimizer in RECIPES for keep in (None, *KEEPS)
+        (optimizer, keep) for optimizer in OPTIMIZERS for keep in (None, *KEEPS)
     ]
     for row in rows:
         folder = output / (row["optimizer"] if row["keep"] is None else f"{row['optimizer']}-keep-{row['keep']:g}")

@@ -42,13 +42,14 @@ def main() -> None:
 
 def _tune_row(trial: dict[str, Any]) -> dict[str, Any]:
     settings = trial["trial"]["settings"]
-    shown = {key: value for key, value in settings.items() if key not in ("optimizer", "lr", "adamw_lr", "rank")}
+    averaged = settings["optimizer"] != "adamw"
     return {
         "optimizer": settings["optimizer"],
         "lr": f"{settings['lr']:g}",
-        "AdamW lr": f"{settings.get('adamw_lr', settings['lr']):g}",
         "rank": settings.get("rank"),
-        "further": ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items()) or None,
+        "spectral decay": f"{settings.get('spectral_decay', 0):g}",
+        "momentum": f"{settings.get('momentum', 0.95):g}" if averaged else None,
+        "Nesterov": ("yes" if settings.get("nesterov", True) else "no") if averaged else None,
         **{size: f"{trial['perplexity'][size]:.1f}" for size in SIZES},
         "effective rank": f"{trial['effective_rank_share']:.2f}",
     }

@@ -146,7 +146,8 @@ def routing_rows(model: nn.Module, optimizer: NuMuon) -> list[dict[str, Any]]:
     names = {id(p): name for name, p in model.named_parameters()}
     rows: Counter[tuple[Any, ...]] = Counter()
     for group in optimizer.param_groups:
-        how = (group["rule"], f"{group['lr']:g}")
+        # A scheduler that warms up has set the rate to 0 by now, and keeps the one it was made with.
+        how = (group["rule"], f"{group.get('initial_lr', group['lr']):g}")
         for p in group["params"]:
             members = found.get(names[id(p)], [])
             if not members:

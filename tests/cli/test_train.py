@@ -118,14 +118,21 @@ OVERRIDES = ["*.o_proj.*=adamw", "*.down_proj.*=rank_schedule=fixed:0.5"]
 def test_options_of_the_optimizer(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     by_name = [word for line in OVERRIDES for word in ("--override", line)]
     momentum = ["--momentum", "0.9", "--no-nesterov"]
-    assert run(arguments("--json", "-v", "--topk", "exact", "--spectral-decay", "0.1", "--rank", "fixed:0.5", *by_name, *momentum)) == 0
+    assert (
+        run(
+            arguments(
+                "--json", "-v", "--topk", "exact", "--spectral-decay", "0.1", "--rank", "fixed:0.5", *by_name, *momentum
+            )
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     expected = {"topk": "exact", "spectral_decay": 0.1, "overrides": OVERRIDES, "momentum": 0.9, "nesterov": False}
     settings = json.loads(captured.out)["settings"]
     assert {key: settings[key] for key in expected} == expected
     # It says what steps what before it starts.
     assert re.search(r"^o +1 +16 x 16 +adamw +0\.002 +-$", captured.err, re.MULTILINE)
-    assert re.search(r"^down +1 +16 x 32 +numuon +0\.006 +8 of 16$", captured.err, re.MULTILINE)
+    assert re.search(r"^down +1 +16 x 32 +numuon +0\.01 +8 of 16$", captured.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("in_file", [True, False], ids=["file", "flags"])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.training.presets import PRESETS, model_config
-from lowrank_kit.training.settings import RECIPES, OPTIMIZERS, TrainSettings
+from lowrank_kit.training.settings import OPTIMIZERS, RECIPES, TrainSettings
 from tests.families import FAMILIES
 
 IDS = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7}

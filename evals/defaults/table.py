@@ -17,25 +17,33 @@ from lowrank_kit.report.plots import pareto_plot
 from lowrank_kit.report.tables import markdown_table
 
 HERE = Path(__file__).parent
+# More lines than these cannot be told apart.
+PICTURED = (
+    "AdamW",
+    "AdamW, decay 2",
+    "Muon",
+    "Muon, decay .6",
+    "NuMuon fixed .7",
+    "NuMuon fixed .7, decay .6",
+)
 SIZES = ("dense", *(f"{keep:g}" for keep in KEEPS))
 
 
 def main() -> None:
     trials = json.loads((HERE / "results.json").read_text())["trials"]
     tuning = [t for t in trials if t["trial"]["stage"] == "tune"]
-    chosen: dict[str, list[dict[str, Any]]] = {}
-    for t in trials:
-        if t["trial"]["stage"] == "report":
-            chosen.setdefault(t["trial"]["name"], []).append(t)
+    names = json.loads((HERE / "trials.json").read_text())["report"]
+    by_name = {name: [t for t in trials if t["trial"].get("name") == name] for name in sorted(names)}
+    chosen = {name: runs for name, runs in by_name.items() if runs}
     parts = ["## Over seeds, on the held-out part", markdown_table([_report_row(*item) for item in chosen.items()])]
     parts += ["## Trials, one seed, on a split of the training part", markdown_table([_tune_row(t) for t in tuning])]
     write_text(HERE / "tables.md", "\n\n".join(parts) + "\n")
     if chosen:
         figure = pareto_plot(
-            {name: _curve(runs) for name, runs in chosen.items()},
+            {name: _curve(chosen[name]) for name in PICTURED if name in chosen},
             x_label="matrix parameters kept",
             y_label="held-out loss, nats per token",
-            title=f"Loss against parameters kept, mean of {len(next(iter(chosen.values())))} seeds",
+            title="Loss against parameters kept, mean of the seeds",
         )
         write_png(HERE / "front.png", figure)
 

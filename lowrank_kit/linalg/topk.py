@@ -78,6 +78,8 @@ def lmo_ratio(M: Tensor, step: Tensor, k: int) -> float:
     Returns:
         The ratio, in float64; 1 for the zero matrix.
     """
+    if M.device.type == "mps":  # which has no float64
+        M, step = M.cpu(), step.cpu()
     best = torch.linalg.svdvals(M.double())[:k].sum()
     return 1.0 if best == 0 else ((M.double() * step.double()).sum() / best).item()
 

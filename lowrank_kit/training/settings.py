@@ -21,7 +21,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "numuon": {**_PLAIN, "lr": 1e-2, "momentum": 0.9, "nesterov": True, "spectral_decay": 0.6},
     "muon": {**_PLAIN, "lr": 6e-3, "momentum": 0.9},
     "adamw": {**_PLAIN, "lr": 2e-3},
-    "sgd": {**_PLAIN, "lr": 1e-1},
+    "sgd": {**_PLAIN, "lr": 3e-2},
 }
 # Setting -> its least value, and one that is usual.
 _LEAST = {

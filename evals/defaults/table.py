@@ -1,4 +1,4 @@
-"""Tables and picture of evals/defaults from results.json: tables.md and front.png.
+"""The tables in README.md, to standard output, and front.png, from results.json.
 
 python evals/defaults/table.py
 """
@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lowrank_kit.quickstart import KEEPS
-from lowrank_kit.report.files import write_png, write_text
+from lowrank_kit.report.files import write_png
 from lowrank_kit.report.plots import pareto_plot
 from lowrank_kit.report.tables import markdown_table
 
@@ -37,7 +37,7 @@ def main() -> None:
     chosen = {name: runs for name, runs in by_name.items() if runs}
     parts = ["## Over seeds, on the held-out part", markdown_table([_report_row(*item) for item in chosen.items()])]
     parts += ["## Trials, one seed, on a split of the training part", markdown_table([_tune_row(t) for t in tuning])]
-    write_text(HERE / "tables.md", "\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
     if chosen:
         figure = pareto_plot(
             {name: _curve(chosen[name]) for name in PICTURED if name in chosen},

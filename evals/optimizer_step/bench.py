@@ -1,11 +1,11 @@
 """Time, accuracy and memory of the rank-k step, against Newton-Schulz and torch.optim.Muon.
 
-    python evals/optimizer_step/bench.py                # all parts, on the CPU with one thread: about 10 minutes
+    python evals/optimizer_step/bench.py                # all parts, on the CPU with one thread
     python evals/optimizer_step/bench.py --device cuda  # the same table in bfloat16, larger matrices, a 100M model
     python evals/optimizer_step/bench.py --part quality
 
-Every ratio is formed within a round, in which all variants run one after the other; the table has its median and its
-smallest and largest value over the rounds.
+In the part `time` every ratio is formed within a round, in which all variants run one after the other; the table has
+its median and its smallest and largest value over the rounds. In the part `step` the optimizers come one by one.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def whole_step(device: torch.device, rounds: int) -> list[dict[str, Any]]:
         train_step()
         for _ in range(2):
             step()
-        seconds[label] = list(interleaved({label: step}, rounds)[label])
+        seconds[label] = interleaved({label: step}, rounds)[label]
         if label == "adamw":
             seconds["forward and backward"] = interleaved({"": train_step}, rounds)[""]
             grads = [

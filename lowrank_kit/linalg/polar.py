@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_kit.linalg.topk import peak_scaled
+
 # Quintic coefficients of Keller Jordan's Muon: five steps send singular values in (0, 1] to about [0.7, 1.2].
 # https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -115,9 +117,7 @@ def _product_dtype(M: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 def _iterate(M: Tensor, quintics: Iterable[Quintic], dtype: torch.dtype | None) -> Tensor:
     """The polynomials, one after the other, of the singular values of M / |M|_F."""
-    wide = M if M.shape[-2] <= M.shape[-1] else M.mT
-    # The largest entry first: squares of tiny or huge entries leave the range of float32. The norm is then >= 1.
-    wide = wide.float() / wide.abs().amax(dim=(-2, -1), keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
+    wide = peak_scaled(M if M.shape[-2] <= M.shape[-1] else M.mT).float()  # of a norm >= 1
     X = (wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1)).to(_product_dtype(M, dtype))
     for a, b, c in quintics:
         A = X @ X.mT

@@ -25,6 +25,8 @@ POSITION: dict[str, Any] = {
     "oversampling": OVERSAMPLING,
     "lmo_ratio": None,
 }
+# Stands for a rank schedule that is a function in a saved state, which holds plain values only.
+FUNCTION = "function"
 _CHOICES: dict[str, Iterable[str]] = {
     "rule": RULES,
     "topk": TOPK,
@@ -111,7 +113,7 @@ def check_state(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
             raise UsageError(
                 f"group {number} was saved with rule {other.get('rule')} and has rule {group['rule']}", hint=hint
             )
-        if other["rank_schedule"] == "function" and not callable(group["rank_schedule"]):
+        if other["rank_schedule"] == FUNCTION and not callable(group["rank_schedule"]):
             raise UsageError(
                 f"group {number} was saved with a rank schedule that is a function, which a file cannot hold",
                 hint="make the optimizer with the same function",

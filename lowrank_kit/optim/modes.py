@@ -20,6 +20,8 @@ POLARS: dict[str, Callable[[Tensor], Tensor]] = {"newton_schulz": newton_schulz,
 # Below this ratio to the exact step, warm takes half as many further columns again, up to half of k.
 LEAST_LMO_RATIO = 0.99
 _MOST_OVERSAMPLING = 0.5
+# What a mode keeps between steps, by part of a parameter: the key of the state is "basis.0" and so on.
+_MEMORY = {"warm": "basis", "filter": "threshold"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ def is_truncated(group: dict[str, Any]) -> bool:
     return group["rule"] == "numuon" and group["rank_fraction"] < FULL_RANK_FRACTION
 
 
+def lacks_memory(group: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether the group's mode keeps something that this state does not hold yet."""
+    return group["topk"] in _MEMORY and f"{_MEMORY[group['topk']]}.0" not in state
+
+
 def make_memory(batch: Batch, shape: torch.Size, device: torch.device) -> bool:
     """Make what the group's mode keeps between steps, for states that lack it; whether any did.
 
@@ -109,7 +116,7 @@ def make_memory(batch: Batch, shape: torch.Size, device: torch.device) -> bool:
         device: of the parameters.
     """
     group = batch.group
-    key = {"warm": "basis", "filter": "threshold"}.get(group["topk"])
+    key = _MEMORY.get(group["topk"])
     missing = [
         (s, i) for s, i in zip(batch.states, batch.indices, strict=True) if key and f"{key}.{batch.part}" not in s
     ]

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.optim.groups import POSITION, check_group, check_state
+from lowrank_kit.optim.groups import FUNCTION, POSITION, check_group, check_state
 from lowrank_kit.optim.rules import RULES, spectral_decay
 from lowrank_kit.optim.schedule import RankFraction, fraction_at
-
-# Stands for a rank schedule that is a function in a saved state, which holds plain values only.
-_FUNCTION = "function"
 
 
 class NuMuon(torch.optim.Optimizer):
@@ -49,7 +46,8 @@ class NuMuon(torch.optim.Optimizer):
         scale: match_rms, 0.2 sqrt(max(out, in)): steps as large as AdamW's, so that one learning rate serves all;
             spectral, sqrt(out / in); none.
         momentum_dtype: float32 or bfloat16.
-        basis_dtype: of what `warm` keeps, at most 30 % of the momentum at rank fraction 0.25: float32 or bfloat16.
+        basis_dtype: of what `warm` keeps, float32 or bfloat16: in float32 at most 30 % of the momentum at rank fraction
+            0.25, for sides of 768 and more.
         health_every: steps between two comparisons of one matrix of a group with the exact step; 0: never. The group's
             `lmo_ratio` is the last; below 0.99 `warm` raises the group's `oversampling`.
         betas, eps: of adamw.
@@ -135,7 +133,7 @@ class NuMuon(torch.optim.Optimizer):
         saved = super().state_dict()
         for group in saved["param_groups"]:
             if callable(group["rank_schedule"]):
-                group["rank_schedule"] = _FUNCTION
+                group["rank_schedule"] = FUNCTION
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,7 +146,7 @@ class NuMuon(torch.optim.Optimizer):
         schedules = [group["rank_schedule"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
-            if group["rank_schedule"] == _FUNCTION:
+            if group["rank_schedule"] == FUNCTION:
                 group["rank_schedule"] = schedule
         order = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -161,7 +159,7 @@ class NuMuon(torch.optim.Optimizer):
 
     def _refuse_non_finite(self) -> None:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
-        # The norm first, which one pass over each answers; squares of huge entries may overflow it.
+        # The norm first: one number to look at. Squares of huge entries overflow it, so its verdict is looked into.
         if not grads or torch.nn.utils.get_total_norm(grads).isfinite():
             return
         found = [

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from lowrank_kit.linalg.polar import newton_schulz
 from lowrank_kit.optim.layout import Layout
-from lowrank_kit.optim.modes import Batch, direction, is_truncated, make_memory
+from lowrank_kit.optim.modes import Batch, direction, is_truncated, lacks_memory, make_memory
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -50,6 +50,8 @@ def _matrix_step(group: Group, states: list[State]) -> None:
 def _make_memory(group: Group, states: list[State], layout: Layout) -> bool:
     made = False
     for index, (p, state) in enumerate(zip(group["params"], states, strict=True)):
+        if not lacks_memory(group, state):
+            continue
         for part, X in enumerate(layout.parts(torch.empty(p.shape, device="meta"))):
             made |= make_memory(Batch(group, [state], [index], part), X.shape, p.device)
     return made
@@ -163,7 +165,7 @@ def spectral_decay(group: Group) -> None:
             continue
         W = torch.stack([p.float() for p in params])
         D = layout.join([newton_schulz(part) for part in layout.parts(W)])
-        used = _used(torch.stack([p.grad for p in params]))
+        used = _used(torch.stack([p.grad for p in params])) if params[0].ndim > 2 else None
         D = D if used is None else D * used
         for p, w, d in zip(params, W, D, strict=True):
             p.copy_(w.sub_(d, alpha=group["lr"] * group["spectral_decay"]))

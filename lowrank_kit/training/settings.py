@@ -14,8 +14,8 @@ from lowrank_kit.optim.schedule import RankSchedule
 
 OPTIMIZERS = tuple(RULES)
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-# What a setting left out means stands here, once: the best of evals/defaults for each, in runs of 400 steps. There muon
-# and adamw gain by spectral decay as well; without it they are what their names say.
+# What a setting left out means stands here, once. Those of numuon, muon and adamw were chosen in evals/defaults, by
+# runs of 400 steps; there muon and adamw fold better with spectral decay, but without it are what their names say.
 _PLAIN = {"momentum": 0.95, "nesterov": None, "spectral_decay": 0.0, "rank": "fixed:0.7"}
 RECIPES: dict[str, dict[str, Any]] = {
     "numuon": {**_PLAIN, "lr": 1e-2, "momentum": 0.9, "nesterov": True, "spectral_decay": 0.6},
@@ -145,7 +145,7 @@ class TrainSettings:
             if value is not None and not 0 < value < math.inf:
                 hint = f"--{name.replace('_', '-')} {example:g}"
                 raise UsageError(f"{name} must be above 0, got {value:g}", hint=hint)
-        # The optimizer reads it too, but only when the run's folder has been made.
+        # The optimizer reads them too, but only when the text has been read and the model built.
         RankSchedule.parse(self.chosen("rank"))
         parse_overrides(self.overrides)
 

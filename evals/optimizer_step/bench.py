@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -59,11 +61,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    document: dict[str, Any] = {"device": arguments.device, "environment": environment()}
+    results = arguments.output / f"results-{arguments.device}.json"
+    # A part that is not run again keeps its results.
+    document: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"device": arguments.device}
     for part in arguments.part or PARTS:
         document[part] = PARTS[part](torch.device(arguments.device), arguments.rounds)
+        document.setdefault("environments", {})[part] = environment()
         print(f"## {part}\n\n{markdown_table(document[part])}\n", flush=True)
-        write_json(arguments.output / f"results-{arguments.device}.json", document)
+        write_json(results, document)
     tables = "\n\n".join(f"## {part}\n\n{markdown_table(document[part])}" for part in PARTS if part in document)
     write_text(arguments.output / f"tables-{arguments.device}.md", tables + "\n")
 
@@ -191,6 +196,7 @@ def whole_step(device: torch.device, rounds: int) -> list[dict[str, Any]]:
             svd = partial(svd_of_each, grads)
             seconds["torch.linalg.svd of each matrix"] = interleaved({"": svd}, min(rounds, 2))[""]
         state[label] = state_bytes(optimizers)
+        print(f"{label}: {median(seconds[label]):.3f} s", file=sys.stderr, flush=True)
         del model, optimizers, step, train_step
         gc.collect()
     muon, whole = median(seconds["torch.optim.Muon"]), median(seconds["forward and backward"])

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -21,12 +18,8 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from lowrank_kit.checkpoint.folder import Checkpoint, resolve_model
-from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
+from lowrank_kit.checkpoint.loading import check_blocks
 from lowrank_kit.config import settings_difference, to_dict
-from lowrank_kit.data.blocks import TokenBlocks, token_blocks
-from lowrank_kit.data.corpus import Corpus, load_corpus
-from lowrank_kit.data.tokenizer import train_tokenizer
 from lowrank_kit.device import resolve_device
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import find_matrices
@@ -34,22 +27,13 @@ from lowrank_kit.optim import NuMuonFactory, parse_overrides
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 from lowrank_kit.training.callbacks import ProgressLog
-from lowrank_kit.training.presets import model_config
+from lowrank_kit.training.data import RunData, load_data
+from lowrank_kit.training.model import build_model
 from lowrank_kit.training.settings import LR_SCHEDULES, TrainSettings
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run reads: the corpus, its tokenizer and the token blocks of both sides."""
-
-    corpus: Corpus
-    tokenizer: PreTrainedTokenizerBase
-    train: TokenBlocks
-    heldout: TokenBlocks
 
 
 def train(settings: TrainSettings, output: Path, *, resume: bool = False, device: str = "auto") -> dict[str, Any]:
@@ -94,43 +78,6 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     _save_model(trainer, output)
     write_json(output / RUN_FILE, record)
     return record
-
-
-def load_data(settings: TrainSettings, *, saved_tokenizer: Path | None = None) -> RunData:
-    """Read, split and tokenize the text of a run."""
-    # The split has a seed of its own: a run with another seed must not train on what another is scored on.
-    corpus = load_corpus(settings.text, max_bytes=settings.max_bytes)
-    given = saved_tokenizer or settings.tokenizer or settings.model
-    if given is None:
-        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
-            (d.text for d in corpus.train), vocab_size=settings.vocab_size, model_max_length=settings.block_tokens
-        )
-    else:
-        tokenizer = load_tokenizer(resolve_model(str(given)))
-    return RunData(
-        corpus=corpus,
-        tokenizer=tokenizer,
-        train=token_blocks(corpus.train, tokenizer, settings.block_tokens),
-        heldout=token_blocks(
-            corpus.heldout, tokenizer, settings.block_tokens, max_blocks=settings.eval_blocks, seed=settings.seed
-        ),
-    )
-
-
-def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model to train, in float32: random from its config, or the checkpoint to fine-tune."""
-    if settings.model is not None:
-        return load_model(Checkpoint.open(settings.model), device=torch.device("cpu"), dtype=torch.float32)
-    assert settings.model_config is not None
-    config = model_config(
-        settings.model_config,
-        vocab_size=len(tokenizer),
-        context=settings.block_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def stored_settings(output: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_kit.linalg.orthogonal import orthonormalize
+from lowrank_kit.linalg.orthogonal import largest_entry, orthonormalize
 from lowrank_kit.linalg.polar import polar_express
+from lowrank_kit.linalg.shards import WHOLE, Shards
 from lowrank_kit.linalg.topk import peak_scaled, topk_polar
 
 OVERSAMPLING = 0.1
@@ -51,6 +52,9 @@ def warm_topk_polar(
     cold: bool = False,
     factorize: bool | None = None,
     dtype: torch.dtype | None = None,
+    rows: Shards = WHOLE,
+    columns: Shards = WHOLE,
+    shape: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """U_k V_k^T of M by one step of subspace iteration from the basis of the step before, and the new basis.
 
@@ -67,6 +71,10 @@ def warm_topk_polar(
         cold: the basis is random: three iterations instead of one.
         factorize: find X by eigh; None is on the CPU.
         dtype: of the three large products; None is float32 on the CPU and bfloat16 elsewhere.
+        rows, columns: how those of M are spread over processes, one of the two at most. Where it is the smaller side,
+            the rows of the basis are spread as it is. M itself is never gathered: about 2 b n + 2 b^2 numbers are
+            summed, n being the other side.
+        shape: (m, n) of the whole M where it is spread.
 
     Returns:
         The step [..., m, n] float32, and the basis [..., S, b] float32 for the next call. Directions below
@@ -76,20 +84,22 @@ def warm_topk_polar(
     algorithm 4.4 and section 5, warm-started as in Dion (arXiv 2504.05295). Deviation from NuMuon (arXiv 2603.03597),
     which takes a block Krylov method: see `krylov_topk_polar`.
     """
-    tall = (M if M.shape[-2] >= M.shape[-1] else M.mT).float()
+    m, n = shape or M.shape[-2:]
+    tall = m >= n
+    long, short = (rows, columns) if tall else (columns, rows)
     on_cpu = M.device.type == "cpu"
     factorize = on_cpu if factorize is None else factorize
     dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
-    operand = tall.to(dtype)
+    operand = (M if tall else M.mT).float().to(dtype)
     V = basis.float()
     for _ in range(_COLD_ITERATIONS - 1 if cold else 0):
-        P, _R = orthonormalize(_product(operand, V))
-        V, _R = orthonormalize(_product(operand.mT, P))
-    P, _R = orthonormalize(_product(operand, V))
-    Z = _product(operand.mT, P)
-    left, right, new_basis = _rayleigh_ritz(P, Z, k, max(M.shape[-2:]), factorize=factorize)
+        P, _R = orthonormalize(short.sum(_product(operand, V)), long)
+        V, _R = orthonormalize(long.sum(_product(operand.mT, P)), short)
+    P, _R = orthonormalize(short.sum(_product(operand, V)), long)
+    Z = long.sum(_product(operand.mT, P))
+    left, right, new_basis = _rayleigh_ritz(P, Z, k, max(m, n), short, factorize=factorize)
     step = _product(left.to(dtype), right.mT)
-    return (step if M.shape[-2] >= M.shape[-1] else step.mT), new_basis
+    return (step if tall else step.mT), new_basis
 
 
 def krylov_topk_polar(M: Tensor, k: int, seed: int = 0) -> Tensor:
@@ -124,10 +134,12 @@ def krylov_topk_polar(M: Tensor, k: int, seed: int = 0) -> Tensor:
     return step if M.shape[-2] >= M.shape[-1] else step.mT
 
 
-def _rayleigh_ritz(P: Tensor, Z: Tensor, k: int, longest: int, *, factorize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _rayleigh_ritz(
+    P: Tensor, Z: Tensor, k: int, longest: int, shards: Shards, *, factorize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Left and right factor of the step and the next basis, from P [L, b] orthonormal and Z = M^T P [S, b]."""
-    Z = peak_scaled(Z)
-    C = Z.mT @ Z
+    Z = Z / shards.max(largest_entry(Z)).clamp(min=torch.finfo(Z.dtype).tiny)
+    C = shards.sum(Z.mT @ Z)
     if factorize:
         X = torch.linalg.eigh(C).eigenvectors.flip(-1)
     else:
@@ -135,7 +147,7 @@ def _rayleigh_ritz(P: Tensor, Z: Tensor, k: int, longest: int, *, factorize: boo
         for _ in range(_SWEEPS):
             X, _R = orthonormalize(C @ X)
     # Orthonormalized, not divided by its singular values: those of Z^T Z in float32 are wrong below 3e-4 of the first.
-    V, R = orthonormalize(Z @ X)
+    V, R = orthonormalize(Z @ X, shards)
     diagonal = R.diagonal(dim1=-2, dim2=-1)
     threshold = torch.finfo(torch.float32).eps * longest * diagonal.abs().amax(dim=-1, keepdim=True)
     alive = (diagonal.abs() > threshold)[..., None, :]
@@ -145,7 +157,7 @@ def _rayleigh_ritz(P: Tensor, Z: Tensor, k: int, longest: int, *, factorize: boo
         # The sweeps leave R_k near diagonal, not diagonal: M restricted to the subspace is (P X_k) R_k^T V_k^T.
         right = right @ polar_express(signs.mT * R[..., :k, :k], steps=_SMALL_POLAR_STEPS, dtype=torch.float32)
     if not alive.all():
-        V = torch.where(alive, V, random_basis(V.shape[-2], V.shape[-1], seed=0).to(V.device))
+        V = torch.where(alive, V, random_basis(V.shape[-2], V.shape[-1], seed=shards.index).to(V.device))
     return left, right, V
 
 

@@ -13,6 +13,7 @@ from lowrank_kit.linalg.subspace import OVERSAMPLING
 from lowrank_kit.optim.modes import POLARS, TOPK
 from lowrank_kit.optim.rules import MATRIX_RULES, RULES, SCALES, layout_of
 from lowrank_kit.optim.schedule import RankSchedule
+from lowrank_kit.optim.ways import DISTRIBUTIONS
 
 # Keys of a group beside the arguments of `NuMuon`: how the matrices lie in its parameters, as `Layout` has it, and
 # where the group stands.
@@ -32,6 +33,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "topk": TOPK,
     "polar": POLARS,
     "scale": SCALES,
+    "distribution": DISTRIBUTIONS,
     "momentum_dtype": ("float32", "bfloat16"),
     "basis_dtype": ("float32", "bfloat16"),
 }
@@ -92,6 +94,26 @@ def _check_schedule(group: dict[str, Any]) -> None:
             f"the rank schedule {name} needs total_steps, its length in steps",
             hint='pass total_steps=..., or a fixed rank fraction: rank_schedule="fixed:0.25"',
         )
+
+
+def refuse_flat(groups: list[dict[str, Any]]) -> None:
+    """Refuse parameters that a wrapper has made flat shards of: there are no matrices in them any more.
+
+    Raises:
+        UsageError: FSDP1 or DeepSpeed's ZeRO has the parameters.
+    """
+    for group in groups:
+        for p in group["params"]:
+            if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+                wrapper = "FSDP1 (FullyShardedDataParallel)"
+            elif hasattr(p, "ds_id") or (group["rule"] in MATRIX_RULES and p.ndim < 2):
+                wrapper = "DeepSpeed's ZeRO"
+            else:
+                continue
+            raise UsageError(
+                f"{wrapper} has cut the parameters into flat pieces, of which no matrix step can be taken",
+                hint="use FSDP2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate), or DDP",
+            )
 
 
 def check_state(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:

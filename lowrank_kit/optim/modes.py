@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Batch:
         indices: their places in the group, which seed what is random.
         part: number of the part, 0 where a parameter is one matrix.
         cold: what the mode keeps between steps has just been made.
+        ratios: takes the LMO ratio of the matrix that is compared with the exact step, if one is.
     """
 
     group: dict[str, Any]
@@ -41,6 +42,7 @@ class Batch:
     indices: list[int]
     part: int = 0
     cold: bool = False
+    ratios: list[float] = field(default_factory=list)
 
     def read(self, key: str) -> list[Tensor]:
         """What an earlier step kept, parameter by parameter."""
@@ -57,17 +59,36 @@ class Batch:
 
 
 def _warm(M: Tensor, k: int, batch: Batch) -> Tensor:
-    side = min(M.shape[-2:])
-    columns = basis_columns(k, side, batch.group["oversampling"])
-    bases = []
-    for V, index in zip(batch.read("basis"), batch.indices, strict=True):
-        if V.shape[-1] < columns:
-            fresh = random_basis(side, columns - V.shape[-1], batch.seed(index)).to(V.device)
-            V = torch.cat([V.float(), fresh.expand(*V.shape[:-2], -1, -1)], dim=-1)
-        bases.append(V[..., :columns].float())
-    step, basis = warm_topk_polar(M, k, torch.stack(bases), cold=batch.cold)
+    bases = warm_bases(k, min(M.shape[-2:]), batch, batch.read("basis"))
+    step, basis = warm_topk_polar(M, k, bases, cold=batch.cold)
     batch.write("basis", basis, getattr(torch, batch.group["basis_dtype"]))
     return step
+
+
+def warm_bases(
+    k: int, side: int, batch: Batch, kept: list[Tensor], own: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The bases that a step of rank k starts from: those kept, with further random columns or without the last.
+
+    Args:
+        k: rank of the step.
+        side: min(out, in).
+        batch: of the parameters.
+        kept: their bases, [..., side, b] each.
+        own: of `side` rows, those that are kept here; None: all.
+
+    Returns:
+        [parameters, ..., side, b] float32.
+    """
+    columns = basis_columns(k, side, batch.group["oversampling"])
+    bases = []
+    for V, index in zip(kept, batch.indices, strict=True):
+        if V.shape[-1] < columns:
+            fresh = random_basis(side, columns - V.shape[-1], batch.seed(index)).to(V.device)
+            fresh = fresh if own is None else own(fresh)
+            V = torch.cat([V.float(), fresh.expand(*V.shape[:-2], -1, -1)], dim=-1)
+        bases.append(V[..., :columns].float())
+    return torch.stack(bases)
 
 
 def _krylov(M: Tensor, k: int, batch: Batch) -> Tensor:
@@ -104,6 +125,23 @@ def lacks_memory(group: dict[str, Any], state: dict[str, Any]) -> bool:
     return group["topk"] in _MEMORY and f"{_MEMORY[group['topk']]}.0" not in state
 
 
+def memory_shapes(group: dict[str, Any], parts: list[torch.Size]) -> dict[str, torch.Size]:
+    """What the group's mode keeps of a parameter after a step of today's rank: keys of the state, and shapes.
+
+    Args:
+        group: that takes a rank-k step.
+        parts: shapes of the matrices in the parameter, [..., out, in] each.
+    """
+    name, shapes = _MEMORY.get(group["topk"]), {}
+    for part, shape in enumerate(parts):
+        side = min(shape[-2:])
+        k = rank_of_fraction(group["rank_fraction"], shape, multiple=group["rank_multiple"])
+        one = (side, basis_columns(k, side, group["oversampling"])) if name == "basis" else (1, 1)
+        if name is not None:
+            shapes[f"{name}.{part}"] = torch.Size((*shape[:-2], *one))
+    return shapes
+
+
 def make_memory(batch: Batch, shape: torch.Size, device: torch.device) -> bool:
     """Make what the group's mode keeps between steps, for states that lack it; whether any did.
 
@@ -116,20 +154,21 @@ def make_memory(batch: Batch, shape: torch.Size, device: torch.device) -> bool:
         device: of the parameters.
     """
     group = batch.group
-    key = _MEMORY.get(group["topk"])
-    missing = [
-        (s, i) for s, i in zip(batch.states, batch.indices, strict=True) if key and f"{key}.{batch.part}" not in s
-    ]
-    side = min(shape[-2:])
-    k = rank_of_fraction(group["rank_fraction"], shape, multiple=group["rank_multiple"])
+    shapes = list(memory_shapes(group, [shape]).values())
+    if not shapes:
+        return False
+    name, (*several, rows, columns) = _MEMORY[group["topk"]], shapes[0]
+    key = f"{name}.{batch.part}"
+    missing = [(s, i) for s, i in zip(batch.states, batch.indices, strict=True) if key not in s]
     for state, index in missing:
-        if key == "basis":
-            columns = basis_columns(k, side, group["oversampling"])
-            fresh = random_basis(side, columns, batch.seed(index)).expand(*shape[:-2], -1, -1)
+        if name == "basis":
+            fresh = random_basis(rows, columns, batch.seed(index)).expand(*several, -1, -1)
+            dtype = getattr(torch, group["basis_dtype"])
         else:
-            fresh = torch.full((*shape[:-2], 1, 1), first_threshold(max(k, 1)))  # an empty matrix has k = 0
-        dtype = getattr(torch, group["basis_dtype"]) if key == "basis" else torch.float32
-        state[f"{key}.{batch.part}"] = fresh.to(device, dtype, copy=True)
+            k = rank_of_fraction(group["rank_fraction"], shape, multiple=group["rank_multiple"])
+            fresh = torch.full((*several, 1, 1), first_threshold(max(k, 1)))  # an empty matrix has k = 0
+            dtype = torch.float32
+        state[key] = fresh.to(device, dtype, copy=True)
     return bool(missing)
 
 
@@ -138,7 +177,7 @@ def direction(M: Tensor, batch: Batch) -> Tensor:
 
     Args:
         M: [parameters, ..., out, in] float32.
-        batch: whose momenta these are; its states and its group's health figures are updated.
+        batch: whose momenta these are; its states and ratios are updated.
 
     Returns:
         Like M, singular values at most about 1.
@@ -150,23 +189,37 @@ def direction(M: Tensor, batch: Batch) -> Tensor:
         return polar_express(M)
     k = rank_of_fraction(group["rank_fraction"], M.shape, multiple=group["rank_multiple"])
     step = TOPK[group["topk"]](M, k, batch)
-    _check_health(M, step, k, batch)
+    place = health_place(batch)
+    if place is not None:
+        check_health(M[place], step[place], k, batch)
     return step
 
 
-def _check_health(M: Tensor, step: Tensor, k: int, batch: Batch) -> None:
-    """At the first rank-k step and every `health_every`, compare one matrix with the exact step, in turn."""
+def health_due(group: dict[str, Any]) -> bool:
+    """Whether a matrix of the group is compared with the exact step now: at the first, and every `health_every`."""
+    every = group["health_every"]
+    return is_truncated(group) and every > 0 and (group["lmo_ratio"] is None or group["step"] % every == 0)
+
+
+def health_place(batch: Batch) -> int | None:
+    """Place in the batch of the parameter whose turn it is, if it is in it."""
     group = batch.group
-    due = group["lmo_ratio"] is None or group["step"] % max(group["health_every"], 1) == 0
-    if batch.part or not group["health_every"] or not due:
-        return
-    turn = group["step"] // group["health_every"]
-    chosen = turn % len(group["params"])
-    if chosen not in batch.indices:
-        return
-    place = batch.indices.index(chosen)
-    momenta, steps = (X[place].reshape(-1, *X.shape[-2:]) for X in (M, step))
-    one = turn % len(momenta)
-    group["lmo_ratio"] = ratio = lmo_ratio(momenta[one], steps[one], k)
+    if batch.part or not health_due(group):
+        return None
+    chosen = group["step"] // group["health_every"] % len(group["params"])
+    return batch.indices.index(chosen) if chosen in batch.indices else None
+
+
+def check_health(M: Tensor, step: Tensor, k: int, batch: Batch) -> None:
+    """Compare the step of a momentum, or one of its experts in turn, with the exact one."""
+    momenta, steps = (X.reshape(-1, *X.shape[-2:]) for X in (M, step))
+    if len(momenta):
+        one = batch.group["step"] // batch.group["health_every"] % len(momenta)
+        batch.ratios.append(lmo_ratio(momenta[one], steps[one], k))
+
+
+def settle_health(group: dict[str, Any], ratio: float) -> None:
+    """Write what a comparison found into the group; further columns for `warm` where it is low."""
+    group["lmo_ratio"] = ratio
     if ratio < LEAST_LMO_RATIO and group["topk"] == "warm":
         group["oversampling"] = min(_MOST_OVERSAMPLING, 1.5 * group["oversampling"])

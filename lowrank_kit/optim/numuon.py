@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.optim.groups import FUNCTION, POSITION, check_group, check_state
+from lowrank_kit.optim.groups import FUNCTION, POSITION, check_group, check_state, refuse_flat
 from lowrank_kit.optim.rules import RULES, spectral_decay
 from lowrank_kit.optim.schedule import RankFraction, fraction_at
+from lowrank_kit.optim.spread import Processes, least_of_all, local, spread_like
 
 
 class NuMuon(torch.optim.Optimizer):
@@ -51,6 +54,14 @@ class NuMuon(torch.optim.Optimizer):
         health_every: steps between two comparisons of one matrix of a group with the exact step; 0: never. The group's
             `lmo_ratio` is the last; below 0.99 `warm` raises the group's `oversampling`.
         betas, eps: of adamw.
+        distribution: how a matrix that is spread over processes, a DTensor as FSDP2 makes it, is stepped: owner, one
+            process gets it whole, by one all-to-all for all matrices of a shape, and spreads the step; sharded, of
+            `warm`, nobody gets it; gather, everybody does; auto, sharded where that sends less than owner.
+        process_group: processes that hold the same parameters, as under DDP, and are to share the work of the matrix
+            rules. None: each does all of it, and nothing is sent.
+
+    Attributes:
+        bytes_sent: by this process for the last step.
 
     Raises:
         UsageError: a group that cannot be served, a parameter in two groups, a state of another rule or shape.
@@ -82,8 +93,12 @@ class NuMuon(torch.optim.Optimizer):
         health_every: int = 100,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        distribution: str = "auto",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        options = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
+        no_options = ("self", "params", "process_group", "__class__")
+        options = {key: value for key, value in locals().items() if key not in no_options}
+        self._processes = Processes(process_group)
         super().__init__(params, {**options, **POSITION})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,6 +130,8 @@ class NuMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_flat(self.param_groups)
+        self._processes.sent = 0
         self._refuse_non_finite()
         # Before any weight moves: a function may give a fraction that is none.
         for group in self.param_groups:
@@ -122,11 +139,15 @@ class NuMuon(torch.optim.Optimizer):
                 progress = min(group["step"] / (group["total_steps"] or 1), 1.0)
                 group["rank_fraction"] = fraction_at(group["rank_schedule"], progress)
         for group in self.param_groups:
-            RULES[group["rule"]](group, [self.state[p] for p in group["params"]])
+            RULES[group["rule"]](group, [self.state[p] for p in group["params"]], self._processes)
             if group["spectral_decay"]:
-                spectral_decay(group)
+                spectral_decay(group, self._processes)
             group["step"] += 1
         return loss
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._processes.sent
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; a rank schedule that is a function is not saved, only that there was one."""
@@ -155,25 +176,31 @@ class NuMuon(torch.optim.Optimizer):
                 # torch casts to the dtype of the parameter: a float32 momentum would be rounded to bfloat16. And it
                 # keeps what need not be cast, so that steps would change `state_dict`. Counters stay on the CPU.
                 if isinstance(saved, Tensor):
-                    self.state[p][key] = saved.to(device=p.device if saved.ndim else "cpu", copy=True)
+                    here = saved.to(device=p.device if saved.ndim else "cpu", copy=True)
+                    self.state[p][key] = spread_like(p, here, self._processes) if saved.ndim else here
 
     def _refuse_non_finite(self) -> None:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+        named = [(group, i) for group in self.param_groups for i, p in enumerate(group["params"]) if p.grad is not None]
+        grads = [local(group["params"][i].grad) for group, i in named]
         # The norm first: one number to look at. Squares of huge entries overflow it, so its verdict is looked into.
-        if not grads or torch.nn.utils.get_total_norm(grads).isfinite():
+        filled = [grad for grad in grads if grad.numel()]
+        found = []
+        if filled and not torch.nn.utils.get_total_norm(filled).isfinite():
+            found = [place for place, grad in zip(named, grads, strict=True) if not grad.isfinite().all()]
+        # Where one process finds something in its shards all stop, and none waits for the others.
+        spread = next((p for group in self.param_groups for p in group["params"] if isinstance(p, DTensor)), None)
+        if spread is None and not found:
             return
-        found = [
-            (group, i)
-            for group in self.param_groups
-            for i, p in enumerate(group["params"])
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
+        if spread is not None and least_of_all(-float(bool(found)), spread, self._processes) == 0:
+            return
         if not found:
-            return
-        group, place = found[0]
-        named = f"{group['param_names'][place]}, " if "param_names" in group else ""
+            what = "the gradient of a parameter, in the shard of another process,"
+        else:
+            group, i = found[0]
+            name = f"{group['param_names'][i]}, " if "param_names" in group else ""
+            what = f"the gradient of a parameter ({name}shape {tuple(group['params'][i].shape)})"
         raise LowRankError(
-            f"the gradient of a parameter ({named}shape {tuple(group['params'][place].shape)}) is not finite at step "
-            f"{group['step']}; weights and momentum are as they were before it",
+            f"{what} is not finite at step {self.param_groups[0]['step']}; weights and momentum are as they were "
+            "before it",
             hint="lower the learning rate, or resume from the last checkpoint",
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_kit.linalg.subspace import OVERSAMPLING, basis_columns, warm_topk_polar
 from lowrank_kit.linalg.topk import lmo_ratio
 from lowrank_kit.optim import modes
-from lowrank_kit.optim.modes import TOPK, Batch, direction, make_memory
+from lowrank_kit.optim.modes import TOPK, Batch, direction, make_memory, settle_health
 from tests.linalg.cases import CASES, DTYPES, orthonormal, with_spectrum
 
 
@@ -106,6 +106,8 @@ class Steps:
         batch = Batch(self.group, self.states, indices, cold=cold)
         # At full rank `direction` leaves the mode aside.
         step = direction(M, batch) if modes.is_truncated(self.group) else TOPK[self.group["topk"]](M, self.k, batch)
+        for ratio in batch.ratios:
+            settle_health(self.group, ratio)
         self.group["step"] += 1
         return step
 

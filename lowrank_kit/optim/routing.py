@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from lowrank_kit.errors import UsageError, did_you_mean
 from lowrank_kit.linalg.topk import rank_of_fraction
@@ -128,9 +129,9 @@ class NuMuonFactory:
     `Trainer(..., optimizer_cls_and_kwargs=(NuMuonFactory, {"rule": "numuon", "lr": 4e-3, "total_steps": 1000}))`
     """
 
-    def __call__(self, model: nn.Module, **options: Any) -> NuMuon:
+    def __call__(self, model: nn.Module, *, process_group: ProcessGroup | None = None, **options: Any) -> NuMuon:
         """The optimizer of `parameter_groups(model, **options)`."""
-        return NuMuon(parameter_groups(model, **options))
+        return NuMuon(parameter_groups(model, **options), process_group=process_group)
 
 
 def routing_rows(model: nn.Module, optimizer: NuMuon) -> list[dict[str, Any]]:
@@ -204,7 +205,7 @@ def _override(
 
 def _refuse_unknown(chosen: Mapping[str, Mapping[str, Any]]) -> None:
     """A group may hold any key: one that nobody reads would be passed over in silence."""
-    known = {*inspect.signature(NuMuon).parameters, *POSITION, "name"} - {"params"}
+    known = {*inspect.signature(NuMuon).parameters, *POSITION, "name"} - {"params", "process_group"}
     for key in {key: None for options in chosen.values() for key in options}:
         if key not in known:
             raise UsageError(f'unknown option "{key}" of an optimizer group', hint=did_you_mean(key, known))

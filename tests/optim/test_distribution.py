@@ -6,6 +6,7 @@ import json
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,12 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.linalg.orthogonal import orthonormalize
 from lowrank_kit.optim import NuMuon, parameter_groups
-from lowrank_kit.optim.spread import Processes, Spread
+from lowrank_kit.optim.spread import Processes, Spread, local
 
 STEPS = 6
 # Rows that two processes share evenly and not, more of them than columns and fewer; one leaves a process with nothing.
-SHAPES = [(48, 60), (48, 60), (48, 60), (48, 48), (65, 48), (1, 48), (49, 100)]
-EXPERTS = [(3, 48, 30), (3, 48, 30)]
+SHAPES: list[tuple[int, ...]] = [(48, 60), (48, 60), (48, 60), (48, 48), (65, 48), (1, 48), (49, 100)]
+EXPERTS: list[tuple[int, ...]] = [(3, 48, 30), (3, 48, 30)]
 MESHES: dict[str, tuple[tuple[int, ...], list[Any]]] = {
     "rows": ((2,), [Shard(0)]),
     "columns": ((2,), [Shard(1)]),
@@ -142,7 +143,9 @@ def not_finite() -> dict[str, Any]:
     for p in run.params:
         p.grad = torch.zeros_like(p)
     if dist.get_rank() == 1:
-        run.params[0].grad.to_local()[0, 0] = float("nan")
+        grad = run.params[0].grad
+        assert grad is not None
+        local(grad)[0, 0] = float("nan")
     try:
         run.optimizer.step()
     except LowRankError as error:
@@ -154,7 +157,7 @@ def orthonormal() -> dict[str, Any]:
     """Columns that Cholesky cannot part, in runs of 6 rows, fewer than the 8 columns."""
     Y = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
     Y[:, 5] = Y[:, 2] + 1e-6 * Y[:, 5]
-    spread = Spread(0, 0, dist.group.WORLD, 2, dist.get_rank(), Processes())
+    spread = Spread(0, 0, init_device_mesh("cpu", (2,)).get_group(0), 2, dist.get_rank(), Processes())
     Q, R = orthonormalize(spread.own(Y), spread.shards())
     Q = spread.shards().stack(Q)
     return {
@@ -188,8 +191,9 @@ def losses(model: nn.Module, share: slice) -> list[float]:
     return found
 
 
-def real_model(mesh: DeviceMesh) -> dict[str, Any]:
+def real_model(sizes: tuple[int, ...]) -> dict[str, Any]:
     """A Llama with tied embeddings under FSDP2 against the same in one process."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "shards")[-len(sizes) :])
     alone = losses(llama(), slice(None))
     model = llama()
     for layer in model.model.layers:
@@ -205,11 +209,11 @@ def worker(rank: int, folder: str) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        **{name: lambda name=name: run_case(name) for name in CASES},
+        **{name: partial(run_case, name) for name in CASES},
         "not finite": not_finite,
         "orthonormal": orthonormal,
-        "fsdp": lambda: real_model(init_device_mesh("cpu", (2,))),
-        "hsdp": lambda: real_model(init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))),
+        "fsdp": partial(real_model, (2,)),
+        "hsdp": partial(real_model, (1, 2)),
     }
     results: dict[str, Any] = {}
     for name, job in jobs.items():

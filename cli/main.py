@@ -95,7 +95,7 @@ def lowrank() -> None:
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; the one place that decides how an error is told.
 
-    0 done, 1 failed, 2 wrong usage or configuration, 3 does not fit, 4 a check failed, 130 interrupted.
+    0 done, 1 failed, 2 wrong usage or configuration, 3 does not fit, 4 a check failed, 130 interrupted, 143 terminated.
     Errors go to stderr, as `error: what` and `hint: what to do`.
     """
     state = {"debug": os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")}
@@ -103,8 +103,10 @@ def run(args: Sequence[str] | None = None) -> int:
         code = lowrank.main(args, prog_name="lowrank", standalone_mode=False, obj=state)
         return code if isinstance(code, int) else 0
     except click.Abort as abort:  # click's form of KeyboardInterrupt; a verb may have noted how to go on
-        _tell("interrupted", "; ".join(getattr(abort.__cause__, "__notes__", [])), prefix="")
-        return INTERRUPTED
+        code = getattr(abort.__cause__, "exit_code", INTERRUPTED)
+        word = "interrupted" if code == INTERRUPTED else "terminated"
+        _tell(word, "; ".join(getattr(abort.__cause__, "__notes__", [])), prefix="")
+        return code
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -145,6 +147,10 @@ def _one_line(error: Any) -> str:
 
 
 def _tell(message: str, hint: str | None, prefix: str = "error: ") -> None:
+    if os.environ.get("RANK", "0") != "0":  # one of several processes
+        if not prefix:  # all of them stopped
+            return
+        prefix = f"process {os.environ['RANK']}: {prefix}"
     click.echo(f"{prefix}{message}", err=True)
     if hint:
         click.echo(f"hint: {hint}", err=True)

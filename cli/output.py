@@ -57,8 +57,11 @@ def setup_logging(verbosity: int) -> None:
 
     Args:
         verbosity: 0 tells what lowrank-kit does and the libraries' errors; -1 warnings only, -2 errors only;
-            1 adds our details and the libraries' own messages, 2 everything.
+            1 adds our details and the libraries' own messages, 2 everything. Of several processes, the others tell
+            errors only.
     """
+    if os.environ.get("RANK", "0") != "0":
+        verbosity = -2
     ours = {-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG if verbosity > 0 else logging.ERROR)
     theirs = {1: logging.INFO}.get(verbosity, logging.DEBUG if verbosity > 1 else logging.ERROR)
     root = logging.getLogger()

@@ -32,7 +32,7 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass, of all processes.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes in a step.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
 @click.option("--tokenizer", metavar="DIR", default=None, help="A tokenizer; left out, the model's or a new BPE.")
@@ -47,10 +47,13 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--eval-every", type=int, default=0, show_default=True, help="Steps between validations; 0: at the end.")
 @click.option("--eval-blocks", type=int, default=64, show_default=True, help="Held-out sequences in a validation.")
 @click.option("--save-every", type=int, default=0, show_default=True, help="Steps between checkpoints; 0: none.")
+@click.option("--keep-checkpoints", type=int, default=2, show_default=True, help="How many of them stay.")
 @click.option("--log-every", type=int, default=10, show_default=True, help="Steps between log lines.")
 @click.option("--max-bytes", type=int, default=None, help="Most bytes of text to take.")
+@click.option("--fsdp/--no-fsdp", default=False, help="Shard the model over the processes.")
+@click.option("--replicas", type=int, default=1, show_default=True, help="Of the sharded model (HSDP).")
 @click.option("--config", type=click.Path(path_type=Path), default=None, help="Settings from YAML or JSON; flags win.")
-@click.option("--resume", is_flag=True, default=False, help="Go on from the last checkpoint in DIR, with its settings.")
+@click.option("--resume", is_flag=True, default=False, help="Go on from the newest whole checkpoint in DIR.")
 @output_option()
 @seed_option
 @device_option
@@ -68,14 +71,19 @@ def command(
     what was chosen. A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from
     80 % on) or piecewise:1@0,0.5@0.3. The step is found by topk warm, krylov, exact or filter. An override reads
     "*.o_proj.*=adamw" or "*.down_proj.*=rank_schedule=fixed:0.5".
+
+    On several devices: torchrun --nproc-per-node 2 --no-python lowrank train ..., or accelerate launch. Every process
+    holds the model (DDP), or with --fsdp a part of it (FSDP2). A run may be resumed on another number of them.
     """
     from lowrank_kit.config import load_settings
+    from lowrank_kit.training.processes import disconnect, is_first
     from lowrank_kit.training.run import RUN_FILE, stored_settings, train
     from lowrank_kit.training.settings import TrainSettings
 
     given = {name: value for name, value in given_parameters(context).items() if name not in NOT_SETTINGS}
     if not resume:
-        check_new_folder(output)
+        if is_first():  # which fills it while the others start
+            check_new_folder(output)
     elif config is None:
         # Resuming asks for the settings of the run, and for nothing else to be spelled out again.
         given = {**stored_settings(output), **given}
@@ -86,7 +94,9 @@ def command(
         if settings.save_every and (output / RUN_FILE).exists():
             stop.add_note(f"lowrank train --resume -o {shlex.quote(str(output))}")
         raise
-    emit(record, _text(record, output), as_json)
+    disconnect()
+    if is_first():
+        emit(record, _text(record, output), as_json)
 
 
 def _text(record: dict[str, Any], output: Path) -> str:

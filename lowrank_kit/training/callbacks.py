@@ -32,6 +32,8 @@ class ProgressLog(TrainerCallback):
     Args:
         path: JSONL file, appended to; lines past the step a run resumes from are dropped.
         step_tokens: tokens in an optimizer step.
+
+    Of several processes the first one shows and writes.
     """
 
     def __init__(self, path: Path, step_tokens: int) -> None:
@@ -45,11 +47,13 @@ class ProgressLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say what steps what, open the bar at the step the run starts from and cut the log there."""
+        self.first_step, self.started = state.global_step, time.perf_counter()
+        if not state.is_world_process_zero:
+            return
         logger.info("what steps what:\n%s", routing_table(kwargs["model"], kwargs["optimizer"]))
         kept = [line for line in _read_lines(self.path) if json.loads(line)["step"] <= state.global_step]
         self.path.write_text("".join(line + "\n" for line in kept))
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
-        self.first_step, self.started = state.global_step, time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""
@@ -77,6 +81,8 @@ class ProgressLog(TrainerCallback):
         if "eval_loss" in logs:
             line["validation_loss"] = self.validation_loss = logs["eval_loss"]
             self.validated_at = state.global_step
+        if not state.is_world_process_zero:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._show(line)

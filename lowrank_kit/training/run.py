@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from lowrank_kit.checkpoint.loading import check_blocks
@@ -27,9 +21,21 @@ from lowrank_kit.optim import NuMuonFactory, parse_overrides
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 from lowrank_kit.training.callbacks import ProgressLog
+from lowrank_kit.training.checkpoints import newest_whole
 from lowrank_kit.training.data import RunData, load_data
 from lowrank_kit.training.model import build_model
-from lowrank_kit.training.settings import LR_SCHEDULES, TrainSettings
+from lowrank_kit.training.processes import (
+    batch_per_process,
+    check_launch,
+    check_same,
+    is_first,
+    launched_with_fsdp,
+    num_processes,
+    on_first,
+)
+from lowrank_kit.training.settings import LR_SCHEDULES, PLACEMENT, TrainSettings
+from lowrank_kit.training.sharding import check_can_shard, sharding_arguments
+from lowrank_kit.training.trainer import RunTrainer, StopWhenTerminated, Terminated
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
@@ -42,20 +48,30 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     The folder appears with run.json (settings, hashes, versions), log.jsonl and the tokenizer; the weights are added
     when training is done, so a folder with weights is a finished run.
 
+    Started by torchrun or accelerate launch, every process calls this: the batch is spread over them, and the first one
+    writes.
+
     Args:
         settings: see `TrainSettings`.
         output: folder to make; with `resume` the folder of the interrupted run.
-        resume: go on from the last checkpoint; the result is that of an uninterrupted run, bit for bit on CPU.
+        resume: go on from the newest whole checkpoint, saved by as many processes or not; by as many, the result is
+            that of an uninterrupted run, bit for bit on CPU.
         device: `auto`, `cpu`, `cuda` or `mps`.
 
     Returns:
         The contents of run.json.
 
     Raises:
-        UsageError: settings or text that cannot be trained on; a resume with other settings or other text.
-        LowRankError: a gradient that is not finite.
+        UsageError: settings or text that cannot be trained on; a resume with other settings or other text; a launch
+            that cannot train this.
+        LowRankError: a gradient that is not finite; a checkpoint that cannot be written, or no whole one to resume.
+        Terminated: SIGTERM, after a checkpoint where the run saves them.
     """
     torch_device = resolve_device(device)
+    check_launch(fsdp=settings.fsdp, replicas=settings.replicas)
+    batch_per_process(settings.batch_size)
+    if settings.fsdp or launched_with_fsdp():
+        check_can_shard()
     previous = _previous_run(output, settings) if resume else None
     set_seed(settings.seed)
     data = load_data(settings, saved_tokenizer=output if previous else None)
@@ -69,14 +85,21 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     check_blocks(model, data.train)
     check_blocks(model, data.heldout)
     NuMuonFactory()(model, **_optimizer_options(settings))  # refuses, if it does, before the folder is made
-    record = previous or _start(output, settings, data, model)
+    checkpoint = newest_whole(output / CHECKPOINTS) if previous else None
+    record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model)
+    stop = StopWhenTerminated(saves=settings.save_every > 0)
     trainer, log = _trainer(settings, output, data, model, torch_device)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output) if previous else None)
+    trainer.add_callback(stop)
+    check_same({"text": data.train.sha256, "held-out text": data.heldout.sha256})
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.stopped:
+        raise Terminated
     if log.validated_at != trainer.state.global_step:
         trainer.evaluate()
     record = {**record, "finished": True, "step": trainer.state.global_step, "validation_loss": log.validation_loss}
     _save_model(trainer, output)
-    write_json(output / RUN_FILE, record)
+    on_first(lambda: write_json(output / RUN_FILE, record))
     return record
 
 
@@ -103,7 +126,8 @@ def _read_run(output: Path) -> dict[str, Any]:
 def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
     """run.json of the run to resume, after checking that it is the same run and not finished."""
     record = _read_run(output)
-    difference = settings_difference(record["settings"], to_dict(settings))
+    placed = {name: getattr(settings, name) for name in PLACEMENT}
+    difference = settings_difference({**record["settings"], **placed}, to_dict(settings))
     if difference:
         raise UsageError(
             f"the run in {output} was started with other settings: {'; '.join(difference)}",
@@ -139,6 +163,8 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
         },
         "environment": environment(),
     }
+    if not is_first():
+        return record
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"output folder {output} is not empty", hint="give a new one, or resume the run that is in it")
     output.mkdir(parents=True, exist_ok=True)
@@ -149,20 +175,22 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
 
 def _trainer(
     settings: TrainSettings, output: Path, data: RunData, model: PreTrainedModel, device: torch.device
-) -> tuple[Trainer, ProgressLog]:
+) -> tuple[RunTrainer, ProgressLog]:
     num_steps = settings.num_steps
+    batch = batch_per_process(settings.batch_size)
     args = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=num_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=_even_batch(len(data.heldout), batch),
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.peak_lr,
         lr_scheduler_type=LR_SCHEDULES[settings.lr_schedule],
         warmup_steps=round(settings.warmup * num_steps),
         max_grad_norm=settings.clip,
         bf16=settings.bf16,
-        use_cpu=device.type == "cpu",
+        # Told to use the CPU, accelerate would shard nothing; see `check_can_shard`.
+        use_cpu=device.type == "cpu" and not settings.fsdp,
         seed=settings.seed,
         logging_steps=settings.log_every,
         # A loss that is not finite shows as it is; the filter would log a running mean instead.
@@ -172,13 +200,18 @@ def _trainer(
         prediction_loss_only=True,
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or num_steps,
-        save_total_limit=2,
+        save_total_limit=settings.keep_checkpoints,
         dataloader_pin_memory=device.type == "cuda",
+        # Every step takes whole batches, so that the same settings train the same on any number of processes.
+        dataloader_drop_last=len(data.train) >= settings.batch_size,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to=[],
+        **sharding_arguments(model, fsdp=settings.fsdp, replicas=settings.replicas),
     )
+    args._n_gpu = min(args.n_gpu, 1)  # a process has one device: the Trainer would take all it sees
     log = ProgressLog(output / LOG_FILE, settings.step_tokens)
-    trainer = Trainer(
+    trainer = RunTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
@@ -207,18 +240,21 @@ def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _last_checkpoint(output: Path) -> str | None:
-    """The last whole checkpoint, None before the first: the trainer's state is the last file written to each."""
-    whole = [state.parent for state in (output / CHECKPOINTS).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+def _even_batch(sequences: int, largest: int) -> int:
+    """The largest batch that leaves no smaller one at the end, so that the mean over batches is that over sequences."""
+    return next(size for size in range(largest, 0, -1) if sequences % (size * num_processes()) == 0 or size == 1)
 
 
-def _save_model(trainer: Trainer, output: Path) -> None:
+def _save_model(trainer: RunTrainer, output: Path) -> None:
     """Weights and config beside run.json, the weights last: a folder with weights is whole."""
     staging = output / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    trainer.model.save_pretrained(staging)
-    files = sorted(staging.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))
-    for file in files:
-        os.replace(file, output / file.name)
-    staging.rmdir()
+    on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
+    trainer.save_pretrained(staging)
+
+    def move() -> None:
+        files = sorted(staging.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))
+        for file in files:
+            os.replace(file, output / file.name)
+        staging.rmdir()
+
+    on_first(move)

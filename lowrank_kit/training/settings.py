@@ -23,6 +23,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {**_PLAIN, "lr": 2e-3},
     "sgd": {**_PLAIN, "lr": 3e-2},
 }
+# Settings that say where a run computes and what it keeps, and not what it computes: a resume may have others.
+PLACEMENT = ("fsdp", "replicas", "keep_checkpoints")
 # Setting -> its least value, and one that is usual.
 _LEAST = {
     "steps": (1, 1000),
@@ -35,6 +37,8 @@ _LEAST = {
     "log_every": (1, 10),
     "eval_every": (0, 100),
     "save_every": (0, 100),
+    "keep_checkpoints": (1, 2),
+    "replicas": (1, 2),
     "weight_decay": (0, 0.1),
     "spectral_decay": (0, 0.4),
     "clip": (0, 1),
@@ -66,7 +70,7 @@ class TrainSettings:
         overrides: PATTERN=RULE or PATTERN=KEY=VALUE, for parameters by name: see `parse_overrides`.
         steps: optimizer steps. Exactly one of `steps` and `tokens`.
         tokens: training tokens, rounded up to whole steps.
-        batch_size: sequences in a forward pass.
+        batch_size: sequences in a forward pass, over all processes.
         accumulate: forward passes in a step.
         block_tokens: tokens in a sequence.
         clip: largest gradient norm; 0 does not clip.
@@ -74,9 +78,12 @@ class TrainSettings:
         eval_every: steps between validations; 0 only validates at the end.
         eval_blocks: held-out sequences in a validation.
         save_every: steps between checkpoints for `--resume`; 0 keeps none.
+        keep_checkpoints: how many of them stay, the newest.
         log_every: steps between log lines.
         max_bytes: most bytes of text to take from the source.
         seed: of weights, order of the text and dropout.
+        fsdp: shard weights and optimizer over the processes (FSDP2), which otherwise hold a replica each (DDP).
+        replicas: groups of processes over each of which the sharded model lies whole (HSDP).
 
     Raises:
         UsageError: settings that contradict each other or make no sense.
@@ -109,9 +116,12 @@ class TrainSettings:
     eval_every: int = 0
     eval_blocks: int = 64
     save_every: int = 0
+    keep_checkpoints: int = 2
     log_every: int = 10
     max_bytes: int | None = None
     seed: int = 0
+    fsdp: bool = False
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.model_config is None):

@@ -1,0 +1,146 @@
+"""The processes of a run: how many there are, what only the first of them does, and which launches are refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lowrank_kit.errors import LowRankError, UsageError
+
+T = TypeVar("T")
+
+_HOW = "torchrun --nproc-per-node 2 --no-python lowrank train ..."
+
+
+def num_processes() -> int:
+    """Processes of this run, as torchrun and accelerate launch tell them; 1 where neither did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_index() -> int:
+    """Which of them this one is; 0 is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return process_index() == 0
+
+
+def are_connected() -> bool:
+    """Whether there is a process group of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def disconnect() -> None:
+    """Leave the process group, at the end of the last run of a process; without that torch warns."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Do something on the first process only; the others wait for it, and get its result or its error."""
+    if not are_connected():
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, in their order, on every process."""
+    if not are_connected():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_same(what: Mapping[str, str]) -> None:
+    """Refuse to go on where processes have read different things.
+
+    Args:
+        what: label -> something short, as a hash, of this process.
+
+    Raises:
+        LowRankError: on every process, if they differ.
+    """
+    everyone = gathered(dict(what))
+    for label, own in everyone[0].items():
+        for index, other in enumerate(everyone):
+            if other[label] != own:
+                raise LowRankError(
+                    f"process {index} has another {label} than process 0: {other[label][:12]} instead of {own[:12]}",
+                    hint="give all machines the same files and package versions",
+                )
+
+
+def batch_per_process(batch_size: int) -> int:
+    """Sequences of a forward pass that fall to one process.
+
+    Raises:
+        UsageError: it does not divide.
+    """
+    processes = num_processes()
+    if batch_size % processes:
+        below = batch_size - batch_size % processes
+        hint = " or ".join(f"--batch-size {size}" for size in (below, below + processes) if size)
+        raise UsageError(f"a batch of {batch_size} sequences does not divide over {processes} processes", hint=hint)
+    return batch_size // processes
+
+
+def check_launch(*, fsdp: bool, replicas: int) -> None:
+    """Refuse a launch that would train something else than it says.
+
+    Args:
+        fsdp: whether the settings ask for sharding.
+        replicas: groups of processes that hold the model sharded, each the whole of it.
+
+    Raises:
+        UsageError: DeepSpeed's ZeRO, Megatron-LM, FSDP1; sharding over one process; replicas that leave nothing to
+            shard over, or that do not divide the processes.
+    """
+    plugins = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+    for variable, name in plugins.items():
+        if _is_on(variable):
+            raise UsageError(
+                f"{name} cuts parameters into pieces that are no matrices, which NuMuon cannot step ({variable} is set)",
+                hint=f"shard with FSDP2 (--fsdp), or do not shard (DDP): {_HOW}",
+            )
+    if launched_with_fsdp() and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise UsageError(
+            "FSDP1 flattens parameters, which leaves NuMuon no matrices (FSDP_VERSION is 1, accelerate's default)",
+            hint="FSDP2: accelerate launch --use_fsdp --fsdp_version 2 ..., or torchrun with --fsdp; or DDP: no FSDP",
+        )
+    processes = num_processes()
+    if fsdp and processes == 1:
+        raise UsageError("--fsdp shards a model over processes, and there is one", hint=f"{_HOW} --fsdp")
+    if replicas > 1 and not fsdp:
+        raise UsageError(f"--replicas {replicas} is for --fsdp; DDP has a replica in every process", hint="add --fsdp")
+    if fsdp and (processes % replicas or processes == replicas):
+        raise UsageError(
+            f"{replicas} replicas of a sharded model need a multiple of {replicas} processes, {2 * replicas} or more; "
+            f"there are {processes}",
+            hint="leave out --fsdp: with a whole replica in every process it is DDP"
+            if processes == replicas
+            else f"--replicas {next(n for n in range(min(replicas, processes // 2), 0, -1) if processes % n == 0)}",
+        )
+
+
+def launched_with_fsdp() -> bool:
+    """Whether `accelerate launch` was told to shard."""
+    return _is_on("ACCELERATE_USE_FSDP")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")

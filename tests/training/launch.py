@@ -1,16 +1,22 @@
-"""Runs of several processes without a launcher's start-up: one import, then forks that see what torchrun would set.
+"""Runs of one or several processes without a start-up each: one import, then forks that see what torchrun would set.
 
-`python -m tests.training.launch PLAN.json`; a plan is a list of runs, made one after the other:
-`{"processes": 2, "settings": {...}, "output": "...", "resume": false, "stop": null}`. `stop` ends the run, as Ctrl-C
-does, at the end of that step. What a process raises goes to `OUTPUT.RANK.error`.
+`python -m tests.training.launch PLAN.json`; a plan is a list of `Run`s as JSON, made one after the other. What a
+process raises goes to `OUTPUT.RANK.error`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
+import signal
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +29,128 @@ from lowrank_kit.training.run import train
 from lowrank_kit.training.settings import TrainSettings
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a plan.
+
+    Args:
+        output: its folder.
+        settings: of `TrainSettings`.
+        processes: how many.
+        resume: go on from a checkpoint.
+        copy_of: a folder to copy first.
+        stop: ends it at the end of that step, as Ctrl-C does.
+        full: step after which the last process can write no file of more than 20 kB.
+        signal: what is sent to the last process (SIGKILL: to all), as soon as `when` is there.
+        when: pattern of a path in the folder.
+    """
+
+    output: str
+    settings: dict[str, Any]
+    processes: int = 1
+    resume: bool = False
+    copy_of: str | None = None
+    stop: int | None = None
+    full: int | None = None
+    signal: int | None = None
+    when: str | None = None
+
+
+def launch_all(runs: list[Run], plan: Path) -> None:
+    """Make the runs of a plan, in a Python of their own."""
+    plan.write_text(json.dumps([asdict(run) for run in runs]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(plan)],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def errors_of(output: Path) -> list[str]:
+    """What the processes of a run raised."""
+    return [file.read_text() for file in sorted(output.parent.glob(f"{output.name}.*.error"))]
+
+
 def shard_on_the_cpu() -> None:
     """accelerate shards on accelerators only; with this it takes the CPU for one. For tests: nothing else does it."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
-def stop_at(step: int) -> None:
+def at_step(step: int, act: Callable[[], None]) -> None:
+    """Have something done at the end of a step."""
     on_step_end = ProgressLog.on_step_end
 
-    def stopping(self: ProgressLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def acting(self: ProgressLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_step_end(self, args, state, control, **kwargs)
         if state.global_step == step:
-            raise KeyboardInterrupt
+            act()
 
-    ProgressLog.on_step_end = stopping  # type: ignore[method-assign]
+    ProgressLog.on_step_end = acting  # type: ignore[method-assign]
 
 
-def run_one(run: dict[str, Any]) -> None:
-    if run["settings"].get("fsdp"):
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def fill_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def work(run: Run, rank: int) -> None:
+    if run.settings.get("fsdp"):
         shard_on_the_cpu()
-    if run.get("stop"):
-        stop_at(run["stop"])
-    settings = TrainSettings(**run["settings"])
-    train(settings, Path(run["output"]), resume=run.get("resume", False), device="cpu")
+    if run.stop is not None:
+        at_step(run.stop, interrupt)
+    if run.full is not None and rank == run.processes - 1:
+        at_step(run.full, fill_disk)
+    train(TrainSettings(**run.settings), Path(run.output), resume=run.resume, device="cpu")
 
 
-def launch(run: dict[str, Any]) -> None:
+def become(run: Run, rank: int, port: int) -> int:
+    """Be one of the processes of a run; its exit code."""
+    if run.processes > 1:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": run.processes}
+        where |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.processes}
+        os.environ.update({name: str(value) for name, value in where.items()})
+    try:
+        work(run, rank)
+    except BaseException as error:
+        Path(f"{run.output}.{rank}.error").write_text(f"{type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def launch(run: Run) -> None:
     """Fork the processes of a run, and wait for them."""
+    if run.copy_of is not None:
+        shutil.copytree(run.copy_of, run.output)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(run["processes"]):
+    children: dict[int, int] = {}
+    for rank in range(run.processes):
         child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": run["processes"]}
-        where |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["processes"]}
-        os.environ.update({name: str(value) for name, value in where.items()} if run["processes"] > 1 else {})
-        code = 1
-        try:
-            run_one(run)
-            code = 0
-        except BaseException as error:
-            Path(f"{run['output']}.{rank}.error").write_text(f"{type(error).__name__}: {error}")
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+        if not child:
+            os._exit(become(run, rank, port))
+        children[child] = rank
+    if run.signal is not None and run.when is not None:
+        deadline = time.monotonic() + 60
+        while not any(Path(run.output).glob(run.when)) and time.monotonic() < deadline:
+            pass
+        for child, rank in children.items():
+            if run.signal == signal.SIGKILL or rank == run.processes - 1:
+                os.kill(child, run.signal)
     for child in children:
         os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for plan in json.loads(Path(sys.argv[1]).read_text()):
-        launch(plan)
+    for line in json.loads(Path(sys.argv[1]).read_text()):
+        launch(Run(**line))

@@ -35,6 +35,11 @@ def are_connected() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def replicas() -> dist.ProcessGroup | None:
+    """The processes that share the work of the matrix rules where each holds the model whole; None where one does."""
+    return dist.group.WORLD if are_connected() else None
+
+
 def disconnect() -> None:
     """Leave the process group, at the end of the last run of a process; without that torch warns."""
     if dist.is_available() and dist.is_initialized():

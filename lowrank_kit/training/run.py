@@ -32,6 +32,7 @@ from lowrank_kit.training.processes import (
     launched_with_fsdp,
     num_processes,
     on_first,
+    replicas,
 )
 from lowrank_kit.training.settings import LR_SCHEDULES, PLACEMENT, TrainSettings
 from lowrank_kit.training.sharding import check_can_shard, sharding_arguments
@@ -216,7 +217,7 @@ def _trainer(
         args=args,
         train_dataset=data.train,
         eval_dataset=data.heldout,
-        optimizer_cls_and_kwargs=(NuMuonFactory, _optimizer_options(settings)),
+        optimizer_cls_and_kwargs=(NuMuonFactory, _optimizer_options(settings) | {"process_group": replicas()}),
         callbacks=[log],
     )
     trainer.remove_callback(PrinterCallback)

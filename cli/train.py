@@ -32,7 +32,7 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass, of all processes.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes in a step.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
 @click.option("--tokenizer", metavar="DIR", default=None, help="A tokenizer; left out, the model's or a new BPE.")

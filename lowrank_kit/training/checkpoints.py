@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.report.files import json_text
@@ -82,7 +83,7 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         LowRankError: there are checkpoints, and all are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in _checkpoints(folder):
         fault = what_is_wrong(checkpoint)
         if fault is None:
@@ -158,6 +159,7 @@ def saved_shapes(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
     """
     found = {}
     for name, entry in dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
         there = sum(chunk.sizes.numel() for chunk in entry.chunks)
         if there != entry.size.numel():
             raise LowRankError(f"{checkpoint}: {there} of {entry.size.numel()} numbers of {name} are there")

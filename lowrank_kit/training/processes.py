@@ -119,7 +119,7 @@ def check_launch(*, fsdp: bool, replicas: int) -> None:
     for variable, name in plugins.items():
         if _is_on(variable):
             raise UsageError(
-                f"{name} cuts parameters into pieces that are no matrices, which NuMuon cannot step ({variable} is set)",
+                f"{name} cuts parameters into pieces that are no matrices: NuMuon cannot step them ({variable} is set)",
                 hint=f"shard with FSDP2 (--fsdp), or do not shard (DDP): {_HOW}",
             )
     if launched_with_fsdp() and os.environ.get("FSDP_VERSION", "1") == "1":

@@ -74,7 +74,8 @@ class RunTrainer(Trainer):
         return {"scheduler": self.lr_scheduler, **({} if scaler is None else {"scaler": scaler})}
 
     def _bare_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        bare: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        return bare
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder, from the first process; called on every process at once."""

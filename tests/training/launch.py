@@ -6,6 +6,7 @@ process raises goes to `OUTPUT.RANK.error`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -14,9 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ class Run:
         copy_of: a folder to copy first.
         stop: ends it at the end of that step, as Ctrl-C does.
         full: step after which the last process can write no file of more than 20 kB.
-        signal: what is sent to the last process (SIGKILL: to all), as soon as `when` is there.
-        when: pattern of a path in the folder.
+        signal: which the last process sends itself, at the end of step `after`, or at the file it then is the
+            `sync`-th to bring to the disk.
     """
 
     output: str
@@ -53,7 +55,8 @@ class Run:
     stop: int | None = None
     full: int | None = None
     signal: int | None = None
-    when: str | None = None
+    after: int = 0
+    sync: int = 0
 
 
 def launch_all(runs: list[Run], plan: Path) -> None:
@@ -98,6 +101,21 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def signal_itself(number: int, sync: int) -> None:
+    """Send a signal now, or at the `sync`-th call of fsync from now on."""
+    if not sync:
+        os.kill(os.getpid(), number)
+        return
+    fsync, calls = os.fsync, itertools.count(1)
+
+    def signalling(descriptor: Any) -> None:
+        if next(calls) == sync:
+            os.kill(os.getpid(), number)
+        fsync(descriptor)
+
+    os.fsync = signalling  # type: ignore[assignment]
+
+
 def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
@@ -107,8 +125,11 @@ def work(run: Run, rank: int) -> None:
         shard_on_the_cpu()
     if run.stop is not None:
         at_step(run.stop, interrupt)
-    if run.full is not None and rank == run.processes - 1:
-        at_step(run.full, fill_disk)
+    if rank == run.processes - 1:
+        if run.full is not None:
+            at_step(run.full, fill_disk)
+        if run.signal is not None:
+            at_step(run.after, partial(signal_itself, run.signal, run.sync))
     train(TrainSettings(**run.settings), Path(run.output), resume=run.resume, device="cpu")
 
 
@@ -133,21 +154,18 @@ def launch(run: Run) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children: dict[int, int] = {}
+    children = []
     for rank in range(run.processes):
         child = os.fork()
         if not child:
             os._exit(become(run, rank, port))
-        children[child] = rank
-    if run.signal is not None and run.when is not None:
-        deadline = time.monotonic() + 60
-        while not any(Path(run.output).glob(run.when)) and time.monotonic() < deadline:
-            pass
-        for child, rank in children.items():
-            if run.signal == signal.SIGKILL or rank == run.processes - 1:
-                os.kill(child, run.signal)
-    for child in children:
-        os.waitpid(child, 0)
+        children.append(child)
+    for _ in run.processes * [0]:
+        _, status = os.wait()
+        if os.WIFSIGNALED(status):  # as a launcher does when a process has died
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from lowrank_kit.errors import LowRankError, UsageError
 
 T = TypeVar("T")
 
+_THEIRS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 _HOW = "torchrun --nproc-per-node 2 --no-python lowrank train ..."
 
 
@@ -69,6 +71,18 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """Undo what accelerate and the Trainer write into the environment: a later run would take it for a wish."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(_THEIRS)}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(_THEIRS) and name not in before]:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def check_same(what: Mapping[str, str]) -> None:

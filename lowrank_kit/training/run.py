@@ -33,6 +33,7 @@ from lowrank_kit.training.processes import (
     num_processes,
     on_first,
     replicas,
+    unchanged_environment,
 )
 from lowrank_kit.training.settings import LR_SCHEDULES, PLACEMENT, TrainSettings
 from lowrank_kit.training.sharding import check_can_shard, sharding_arguments
@@ -43,6 +44,7 @@ LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
+@unchanged_environment()
 def train(settings: TrainSettings, output: Path, *, resume: bool = False, device: str = "auto") -> dict[str, Any]:
     """Train a model from scratch or fine-tune one, and save it as a Hugging Face folder.
 
@@ -85,6 +87,12 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     model = build_model(settings, data.tokenizer)
     check_blocks(model, data.train)
     check_blocks(model, data.heldout)
+    if num_processes() > 1 and len(data.train) < settings.batch_size:  # accelerate would fill it up with repetitions
+        raise UsageError(
+            f"the text has {len(data.train)} sequences of {settings.block_tokens} tokens, fewer than a batch of "
+            f"{settings.batch_size}",
+            hint="take more text, a smaller --batch-size, or one process",
+        )
     NuMuonFactory()(model, **_optimizer_options(settings))  # refuses, if it does, before the folder is made
     checkpoint = newest_whole(output / CHECKPOINTS) if previous else None
     record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model)

@@ -74,7 +74,7 @@ class RunTrainer(Trainer):
         return {"scheduler": self.lr_scheduler, **({} if scaler is None else {"scaler": scaler})}
 
     def _bare_optimizer(self) -> torch.optim.Optimizer:
-        bare: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        bare: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         return bare
 
     def save_pretrained(self, folder: Path) -> None:
@@ -116,13 +116,13 @@ class StopWhenTerminated(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop if any process was asked to."""
+        """Stop if any process was asked to; after the last step what is left is to save the model."""
         asked = self.asked
         if are_connected():
             anyone = torch.tensor([float(asked)], device=args.device)
             dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
             asked = bool(anyone.item())
-        if asked:
+        if asked and state.global_step < state.max_steps:
             self.stopped = control.should_training_stop = True
             control.should_save |= self.saves
 

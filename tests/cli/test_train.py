@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,6 +309,26 @@ def test_the_hint_after_ctrl_c_goes_on(
     assert said(capsys)[0][0].endswith("for 4 steps of 128 tokens")
     whole, resumed = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", folder))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_sigterm_saves_and_says_how_to_go_on(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_step_end = ProgressLog.on_step_end
+
+    def killing(self: ProgressLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressLog, "on_step_end", killing)
+        assert run(arguments("--save-every", "3")) == 143
+    hint = said(capsys)[1].rpartition("terminated\nhint: ")[2].strip()
+    assert hint == f"lowrank train --resume -o {tmp_path / 'run'}"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert run(shlex.split(hint)[1:]) == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_no_hint_where_nothing_was_saved(

@@ -37,7 +37,7 @@ class Run:
 
     Args:
         output: its folder.
-        settings: of `TrainSettings`.
+        settings: of `TrainSettings`; RANK in the text's name stands for the number of the process.
         processes: how many.
         resume: go on from a checkpoint.
         copy_of: a folder to copy first.
@@ -130,7 +130,8 @@ def work(run: Run, rank: int) -> None:
             at_step(run.full, fill_disk)
         if run.signal is not None:
             at_step(run.after, partial(signal_itself, run.signal, run.sync))
-    train(TrainSettings(**run.settings), Path(run.output), resume=run.resume, device="cpu")
+    mine = {key: value.replace("RANK", str(rank)) if key == "text" else value for key, value in run.settings.items()}
+    train(TrainSettings(**mine), Path(run.output), resume=run.resume, device="cpu")
 
 
 def become(run: Run, rank: int, port: int) -> int:

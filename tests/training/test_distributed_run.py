@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_kit.errors import UsageError
-from lowrank_kit.training.processes import batch_per_process, check_launch
+from lowrank_kit.training.processes import batch_per_process, check_launch, unchanged_environment
 from lowrank_kit.training.sharding import check_can_shard
 from tests.pages import write_pages
 from tests.training.launch import Run, errors_of, launch_all
@@ -38,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.json").write_text(json.dumps(MODEL))
     write_pages(folder / "pages.jsonl")
+    write_pages(folder / "pages-0.jsonl")
+    write_pages(folder / "pages-1.jsonl", num_words=39)
     # Five validation blocks divide over no two processes, and an epoch is no whole number of steps.
     base = {"model_config": str(folder / "tiny.json"), "text": str(folder / "pages.jsonl"), "vocab_size": 300}
     base |= {"steps": 6, "batch_size": 4, "accumulate": 2, "block_tokens": 32, "max_bytes": 4000, "eval_blocks": 5}
@@ -62,6 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("shards-shards", 2, of="half-of-shards", fsdp=True),
         run("shards-one", 1, of="half-of-shards"),
         run("hsdp", 4, of="half-of-one", fsdp=True, replicas=2),
+        run("other-text", 2, text=str(folder / "pages-RANK.jsonl")),
+        run("short-text", 2, max_bytes=1200, batch_size=64),
         run("terminated", 2, signal=signal.SIGTERM, after=3),
     ]
     launch_all(runs, folder / "plan.json")
@@ -132,6 +137,20 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(folder: Path) -> Non
     assert not (folder / "terminated" / "model.safetensors").exists()
 
 
+def test_processes_that_read_other_text(folder: Path) -> None:
+    told = errors_of(folder / "other-text")
+    assert len(told) == 2
+    for line in told:
+        assert re.match(r"LowRankError: process 1 has another text than process 0: \w{12} instead of \w{12}\n", line)
+
+
+def test_text_shorter_than_a_batch(folder: Path) -> None:
+    for line in errors_of(folder / "short-text"):
+        assert re.match(r"UsageError: the text has \d+ sequences of 32 tokens, fewer than a batch of 64\n", line)
+    assert len(errors_of(folder / "short-text")) == 2
+    assert not (folder / "short-text").exists()
+
+
 def test_the_command_under_torchrun(folder: Path, tmp_path: Path) -> None:
     command = ["train", "--model-config", str(folder / "tiny.json"), "--text", str(folder / "pages.jsonl")]
     command += ["--vocab-size", "300", "--steps", "2", "--batch-size", "4", "--block-tokens", "32", "--log-every", "1"]
@@ -183,6 +202,15 @@ def test_good_launches(processes: int, fsdp: bool, replicas: int, monkeypatch: p
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     check_launch(fsdp=fsdp, replicas=replicas)
+
+
+def test_what_libraries_leave_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with unchanged_environment():
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "1")
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert os.environ["FSDP_VERSION"] == "2"
 
 
 def test_a_batch_that_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,10 @@ class LowRankError(Exception):
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
 
 
+class NonFiniteError(LowRankError):
+    """A loss, gradient or weight that became NaN or Inf in training."""
+
+
 class UsageError(LowRankError):
     """Wrong usage or configuration: another call would work. Exit code 2."""
 

@@ -23,6 +23,22 @@ def singular_values(W_OI: Tensor) -> Tensor:
     return torch.linalg.svdvals(W_OI.double())
 
 
+def singular_values_of_gram(W_OI: Tensor) -> Tensor:
+    """Singular values of a matrix, descending, as roots of the eigenvalues of its smaller Gram: faster, less exact.
+
+    In float64 what is below 1e-8 of the largest is noise of that size: nothing to an effective rank.
+
+    Args:
+        W_OI: [O, I], any float dtype; upcast to float64 before the product.
+
+    Returns:
+        [S] float64.
+    """
+    W = W_OI.double()
+    gram_SS = W @ W.mT if W.shape[0] <= W.shape[1] else W.mT @ W
+    return torch.linalg.eigvalsh(gram_SS).clamp(min=0).sqrt().flip(0)
+
+
 def stable_rank(s_S: Tensor) -> float:
     """(Frobenius norm / spectral norm)^2 = sum s^2 / max s^2; 0 for the zero matrix.
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lowrank_kit.errors import LowRankError, UsageError
+from lowrank_kit.errors import NonFiniteError, UsageError
 from lowrank_kit.optim.groups import FUNCTION, POSITION, check_group, check_state, refuse_flat
 from lowrank_kit.optim.rules import RULES, spectral_decay
 from lowrank_kit.optim.schedule import RankFraction, fraction_at
@@ -65,7 +65,7 @@ class NuMuon(torch.optim.Optimizer):
 
     Raises:
         UsageError: a group that cannot be served, a parameter in two groups, a state of another rule or shape.
-        LowRankError: a gradient that is not finite; weights and momentum are left as they were.
+        NonFiniteError: a gradient that is not finite; weights and momentum are left as they were.
 
     Source: NuMuon (arXiv 2603.03597); Muon (Jordan et al., 2024), its averaging momentum as in the re-implementations
     of NuMuon, without Nesterov; match_rms: Moonlight (arXiv 2502.16982), section 2.2; spectral: Yang, Simon, Bernstein
@@ -199,7 +199,7 @@ class NuMuon(torch.optim.Optimizer):
             group, i = found[0]
             name = f"{group['param_names'][i]}, " if "param_names" in group else ""
             what = f"the gradient of a parameter ({name}shape {tuple(group['params'][i].shape)})"
-        raise LowRankError(
+        raise NonFiniteError(
             f"{what} is not finite at step {self.param_groups[0]['step']}; weights and momentum are as they were "
             "before it",
             hint="lower the learning rate, or resume from the last checkpoint",

@@ -37,14 +37,24 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
 @click.option("--tokenizer", metavar="DIR", default=None, help="A tokenizer; left out, the model's or a new BPE.")
 @click.option("--vocab-size", type=int, default=4096, show_default=True, help="Of a new BPE.")
-@click.option("--lr-schedule", metavar="NAME", default="cosine", show_default=True, help="cosine, linear or constant.")
+@click.option(
+    "--lr-schedule", metavar="NAME", default="cosine", show_default=True, help="cosine, linear, constant or wsd."
+)
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
+@click.option("--decay-share", type=float, default=0.2, show_default=True, help="Of wsd: share of the steps.")
+@click.option("--min-lr", type=float, default=0.0, show_default=True, help="Of cosine and wsd: share of the peak.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Decoupled.")
 @click.option("--momentum", type=float, default=None, help="Of numuon, muon and sgd.")
 @click.option("--nesterov/--no-nesterov", default=None, help="Look ahead, of numuon, muon and sgd.")
 @click.option("--clip", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0: no clipping.")
 @click.option("--bf16/--no-bf16", default=False, help="bfloat16 autocast; weights stay float32.")
-@click.option("--eval-every", type=int, default=0, show_default=True, help="Steps between validations; 0: at the end.")
+@click.option("--checkpoint-activations", is_flag=True, default=False, help="Less memory, a third more work.")
+@click.option("--compile", is_flag=True, default=False, help="Compile the model with torch.compile.")
+@click.option(
+    "--tracker", "trackers", metavar="NAME", multiple=True, help="tensorboard, wandb, trackio, ..., once or more often."
+)
+@click.option("--spectra-every", type=int, default=0, show_default=True, help="Steps between effective ranks: below.")
+@click.option("--eval-every", type=int, default=0, show_default=True, help="Steps between validations.")
 @click.option("--eval-blocks", type=int, default=64, show_default=True, help="Held-out sequences in a validation.")
 @click.option("--save-every", type=int, default=0, show_default=True, help="Steps between checkpoints; 0: none.")
 @click.option("--keep-checkpoints", type=int, default=2, show_default=True, help="How many of them stay.")
@@ -74,6 +84,11 @@ def command(
 
     On several devices: torchrun --nproc-per-node 2 --no-python lowrank train ..., or accelerate launch. Every process
     holds the model (DDP), or with --fsdp a part of it (FSDP2). A run may be resumed on another number of them.
+
+    It validates before the first step, after the last and every --eval-every. log.jsonl is always written; a --tracker
+    gets the same figures. Every --spectra-every steps the effective rank of each role is measured, on as many matrices
+    of it, spread over the depth, as 1 % of the training's arithmetic pays for; where that is less than one of each
+    role, at a multiple of those steps.
     """
     from lowrank_kit.config import load_settings
     from lowrank_kit.training.processes import disconnect, is_first

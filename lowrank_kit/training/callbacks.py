@@ -1,4 +1,7 @@
-"""What a run shows and writes while it trains: a progress bar on stderr and one JSON line per log step."""
+"""What a run shows and writes while it trains: a progress bar on stderr and one JSON line per log step.
+
+What the Trainer gives every callback to log is one dictionary: the figures added to it here reach the trackers, too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowrank_kit.optim import routing_table
+from lowrank_kit.training.effective_rank import by_role
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ def rank_figures(optimizer: Any) -> dict[str, float | None]:
 
 class ProgressLog(TrainerCallback):
     """Progress bar with loss, rank fraction and tokens/s, and a JSONL log with the same numbers.
+
+    Its own figures go into the numbers that are logged, for the trackers that stand after it.
 
     Args:
         path: JSONL file, appended to; lines past the step a run resumes from are dropped.
@@ -47,18 +53,30 @@ class ProgressLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say what steps what, open the bar at the step the run starts from and cut the log there."""
-        self.first_step, self.started = state.global_step, time.perf_counter()
+        self.first_step, self.started = state.global_step, 0.0
         if not state.is_world_process_zero:
             return
         logger.info("what steps what:\n%s", routing_table(kwargs["model"], kwargs["optimizer"]))
-        kept = [line for line in _read_lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        # A run that starts over logs its first validation again.
+        kept = [line for line in _read_lines(self.path) if json.loads(line)["step"] <= (state.global_step or -1)]
         self.path.write_text("".join(line + "\n" for line in kept))
+        for line in map(json.loads, kept):
+            if "validation_loss" in line and line["step"] == state.global_step:
+                self.validation_loss, self.validated_at = line["validation_loss"], line["step"]
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock, at the first step."""
+        self.started = self.started or time.perf_counter()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar."""
+        """Advance the bar; validate after the last step while the trackers still listen."""
         if self.bar is not None:
             self.bar.update(1)
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True
 
     def on_log(
         self,
@@ -72,12 +90,18 @@ class ProgressLog(TrainerCallback):
         """Write a line and show its numbers; the Trainer's closing summary is left out."""
         if not logs or "train_runtime" in logs:
             return
-        line: dict[str, float | int | None] = {"step": state.global_step}
+        line: dict[str, Any] = {"step": state.global_step}
         if "loss" in logs:
             line |= {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
-            line |= rank_figures(optimizer) if optimizer is not None else {}
             elapsed = time.perf_counter() - self.started
-            line["tokens_per_s"] = round((state.global_step - self.first_step) * self.step_tokens / elapsed, 1)
+            own = rank_figures(optimizer) if optimizer is not None else {}
+            sent = getattr(getattr(optimizer, "optimizer", optimizer), "bytes_sent", 0)
+            own |= {"optimizer_bytes_sent": sent} if args.world_size > 1 else {}
+            own["tokens_per_s"] = round((state.global_step - self.first_step) * self.step_tokens / elapsed, 1)
+            line |= own | by_role(logs)
+            if "spectra_share" in logs:
+                line["spectra_share"] = logs["spectra_share"]
+            logs.update({name: figure for name, figure in own.items() if figure is not None})
         if "eval_loss" in logs:
             line["validation_loss"] = self.validation_loss = logs["eval_loss"]
             self.validated_at = state.global_step

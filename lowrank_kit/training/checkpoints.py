@@ -142,12 +142,16 @@ def read_document(checkpoint: Path, name: str) -> dict[str, Any]:
         raise LowRankError(f"{name} is no JSON: {error}") from None
 
 
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Those that have all their files, the newest first."""
+    return [checkpoint for checkpoint in _checkpoints(folder) if what_is_wrong(checkpoint) is None]
+
+
 def rotate(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` whole checkpoints, and what is damaged and older than the newest whole one."""
-    whole = [checkpoint for checkpoint in _checkpoints(folder) if what_is_wrong(checkpoint) is None]
-    kept = whole[:keep]
+    kept = whole_checkpoints(folder)[:keep]
     for checkpoint in _checkpoints(folder):
-        if kept and checkpoint not in kept and _step(checkpoint) < _step(kept[0]):
+        if kept and checkpoint not in kept and step_of(checkpoint) < step_of(kept[0]):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -225,10 +229,11 @@ def _file_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def _checkpoints(folder: Path) -> list[Path]:
     """The newest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps made before a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer
 
 from lowrank_kit.errors import NonFiniteError
+from lowrank_kit.training.checkpoints import step_of, whole_checkpoints
+from lowrank_kit.training.processes import are_connected
 
 
 class GuardedTrainer(Trainer):
@@ -30,8 +33,10 @@ class GuardedTrainer(Trainer):
         # Summed where it is: on a GPU it is read once a step, just before the optimizer waits for the gradients anyway.
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         if self.accelerator.sync_gradients:
-            total, self._step_loss = self._step_loss.item(), None
-            _refuse(total, "loss", self.state.global_step)
+            total, self._step_loss = self._step_loss.clone(), None
+            if are_connected():  # all stop, and none waits for the others
+                dist.all_reduce(total)
+            _refuse(total.item(), "loss", self.state.global_step)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -63,7 +68,7 @@ def last_good_checkpoint_named(trainer: Trainer, output: Path, checkpoints: Path
         yield
     except NonFiniteError as error:
         step = trainer.state.global_step
-        found = {int(folder.name.rpartition("-")[2]): folder for folder in checkpoints.glob("checkpoint-*")}
+        found = {step_of(checkpoint): checkpoint for checkpoint in whole_checkpoints(checkpoints)}
         good = [folder for made, folder in sorted(found.items()) if made < step]
         if not good:
             hint = "lower the learning rate, with --lr or a longer --warmup; --save-every keeps checkpoints"

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lowrank_kit.checkpoint.loading import check_blocks
 from lowrank_kit.config import settings_difference, to_dict
 from lowrank_kit.device import resolve_device
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import find_matrices
-from lowrank_kit.optim import NuMuonFactory, parse_overrides
+from lowrank_kit.optim import NuMuonFactory
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
-from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.checkpoints import newest_whole
 from lowrank_kit.training.data import RunData, load_data
+from lowrank_kit.training.guard import last_good_checkpoint_named
 from lowrank_kit.training.model import build_model
 from lowrank_kit.training.processes import (
     batch_per_process,
@@ -32,16 +31,15 @@ from lowrank_kit.training.processes import (
     launched_with_fsdp,
     num_processes,
     on_first,
-    replicas,
     unchanged_environment,
 )
-from lowrank_kit.training.settings import LR_SCHEDULES, PLACEMENT, TrainSettings
-from lowrank_kit.training.sharding import check_can_shard, sharding_arguments
+from lowrank_kit.training.settings import PLACEMENT, TrainSettings
+from lowrank_kit.training.sharding import check_can_shard
+from lowrank_kit.training.tracking import run_trackers
 from lowrank_kit.training.trainer import RunTrainer, StopWhenTerminated, Terminated
+from lowrank_kit.training.wiring import CHECKPOINTS, make_trainer, optimizer_options
 
 RUN_FILE = "run.json"
-LOG_FILE = "log.jsonl"
-CHECKPOINTS = "checkpoints"
 
 
 @unchanged_environment()
@@ -65,9 +63,10 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
         The contents of run.json.
 
     Raises:
-        UsageError: settings or text that cannot be trained on; a resume with other settings or other text; a launch
-            that cannot train this.
-        LowRankError: a gradient that is not finite; a checkpoint that cannot be written, or no whole one to resume.
+        UsageError: settings or text that cannot be trained on; a resume with other settings or other text; a tracker
+            that is not there; a launch that cannot train this.
+        NonFiniteError: a loss, gradient or matrix that is not finite; it names the last good checkpoint.
+        LowRankError: a checkpoint that cannot be written, or no whole one to resume.
         Terminated: SIGTERM, after a checkpoint where the run saves them.
     """
     torch_device = resolve_device(device)
@@ -75,6 +74,13 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     batch_per_process(settings.batch_size)
     if settings.fsdp or launched_with_fsdp():
         check_can_shard()
+    with run_trackers(settings.trackers, output) as trackers:
+        return _train(settings, output, resume, torch_device, trackers)
+
+
+def _train(
+    settings: TrainSettings, output: Path, resume: bool, torch_device: torch.device, trackers: list[TrainerCallback]
+) -> dict[str, Any]:
     previous = _previous_run(output, settings) if resume else None
     set_seed(settings.seed)
     data = load_data(settings, saved_tokenizer=output if previous else None)
@@ -87,25 +93,27 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     model = build_model(settings, data.tokenizer)
     check_blocks(model, data.train)
     check_blocks(model, data.heldout)
+    if settings.checkpoint_activations and not model.supports_gradient_checkpointing:
+        raise UsageError(f"{type(model).__name__} cannot checkpoint activations", hint="leave out that setting")
     if num_processes() > 1 and len(data.train) < settings.batch_size:  # accelerate would fill it up with repetitions
         raise UsageError(
             f"the text has {len(data.train)} sequences of {settings.block_tokens} tokens, fewer than a batch of "
             f"{settings.batch_size}",
             hint="take more text, a smaller --batch-size, or one process",
         )
-    NuMuonFactory()(model, **_optimizer_options(settings))  # refuses, if it does, before the folder is made
+    NuMuonFactory()(model, **optimizer_options(settings))  # refuses, if it does, before the folder is made
     checkpoint = newest_whole(output / CHECKPOINTS) if previous else None
     record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model)
     stop = StopWhenTerminated(saves=settings.save_every > 0)
-    trainer, log = _trainer(settings, output, data, model, torch_device)
+    trainer, log = make_trainer(settings, output, data, model, torch_device, trackers, first=checkpoint is None)
     trainer.add_callback(stop)
     check_same({"text": data.train.sha256, "held-out text": data.heldout.sha256})
-    with stop.listening():
+    with stop.listening(), last_good_checkpoint_named(trainer, output, output / CHECKPOINTS):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.stopped:
-        raise Terminated
-    if log.validated_at != trainer.state.global_step:
-        trainer.evaluate()
+        if stop.stopped:
+            raise Terminated
+        if log.validated_at != trainer.state.global_step:
+            trainer.evaluate()
     record = {**record, "finished": True, "step": trainer.state.global_step, "validation_loss": log.validation_loss}
     _save_model(trainer, output)
     on_first(lambda: write_json(output / RUN_FILE, record))
@@ -180,78 +188,6 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
     data.tokenizer.save_pretrained(output)
     write_json(output / RUN_FILE, record)
     return record
-
-
-def _trainer(
-    settings: TrainSettings, output: Path, data: RunData, model: PreTrainedModel, device: torch.device
-) -> tuple[RunTrainer, ProgressLog]:
-    num_steps = settings.num_steps
-    batch = batch_per_process(settings.batch_size)
-    args = TrainingArguments(
-        output_dir=str(output / CHECKPOINTS),
-        max_steps=num_steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=_even_batch(len(data.heldout), batch),
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.peak_lr,
-        lr_scheduler_type=LR_SCHEDULES[settings.lr_schedule],
-        warmup_steps=round(settings.warmup * num_steps),
-        max_grad_norm=settings.clip,
-        bf16=settings.bf16,
-        # Told to use the CPU, accelerate would shard nothing; see `check_can_shard`.
-        use_cpu=device.type == "cpu" and not settings.fsdp,
-        seed=settings.seed,
-        logging_steps=settings.log_every,
-        # A loss that is not finite shows as it is; the filter would log a running mean instead.
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.eval_every else "no",
-        eval_steps=settings.eval_every or None,
-        prediction_loss_only=True,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or num_steps,
-        save_total_limit=settings.keep_checkpoints,
-        dataloader_pin_memory=device.type == "cuda",
-        # Every step takes whole batches, so that the same settings train the same on any number of processes.
-        dataloader_drop_last=len(data.train) >= settings.batch_size,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to=[],
-        **sharding_arguments(model, fsdp=settings.fsdp, replicas=settings.replicas),
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # a process has one device: the Trainer would take all it sees
-    log = ProgressLog(output / LOG_FILE, settings.step_tokens)
-    trainer = RunTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.heldout,
-        optimizer_cls_and_kwargs=(NuMuonFactory, _optimizer_options(settings) | {"process_group": replicas()}),
-        callbacks=[log],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer, log
-
-
-def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
-    """What `parameter_groups` takes of the settings."""
-    return {
-        "rule": settings.optimizer,
-        "lr": settings.peak_lr,
-        "adamw_lr": settings.peak_adamw_lr,
-        "weight_decay": settings.weight_decay,
-        "spectral_decay": settings.chosen("spectral_decay"),
-        "momentum": settings.chosen("momentum"),
-        "nesterov": settings.chosen("nesterov"),
-        "rank_schedule": settings.chosen("rank"),
-        "topk": settings.topk,
-        "overrides": parse_overrides(settings.overrides),
-        "total_steps": settings.num_steps,
-    }
-
-
-def _even_batch(sequences: int, largest: int) -> int:
-    """The largest batch that leaves no smaller one at the end, so that the mean over batches is that over sequences."""
-    return next(size for size in range(largest, 0, -1) if sequences % (size * num_processes()) == 0 or size == 1)
 
 
 def _save_model(trainer: RunTrainer, output: Path) -> None:

@@ -13,7 +13,12 @@ from lowrank_kit.optim.rules import RULES
 from lowrank_kit.optim.schedule import RankSchedule
 
 OPTIMIZERS = tuple(RULES)
-LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+LR_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
 # What a setting left out means stands here, once. Those of numuon, muon and adamw were chosen in evals/defaults, by
 # runs of 400 steps; there muon and adamw fold better with spectral decay, but without it are what their names say.
 _PLAIN = {"momentum": 0.95, "nesterov": None, "spectral_decay": 0.0, "rank": "fixed:0.7"}
@@ -35,6 +40,7 @@ _LEAST = {
     "vocab_size": (1, 4096),
     "eval_blocks": (1, 64),
     "log_every": (1, 10),
+    "spectra_every": (0, 100),
     "eval_every": (0, 100),
     "save_every": (0, 100),
     "keep_checkpoints": (1, 2),
@@ -59,8 +65,11 @@ class TrainSettings:
         lr: peak learning rate.
         adamw_lr: peak learning rate of embeddings, head and vectors, which are left to AdamW; None is
             lr, or AdamW's default where lr is left out too.
-        lr_schedule: cosine, linear or constant, after the warm-up.
+        lr_schedule: cosine, linear, constant or wsd, after the warm-up; wsd is constant and then decays by 1 - sqrt
+            of the progress (arXiv 2405.18392).
         warmup: share of the steps with a rising learning rate.
+        decay_share: of wsd, share of the steps in which it decays.
+        min_lr: of cosine and wsd, the last learning rate as a share of the peak.
         weight_decay: decoupled.
         spectral_decay: of the matrices, see `NuMuon`.
         momentum: of numuon, muon and sgd.
@@ -75,7 +84,11 @@ class TrainSettings:
         block_tokens: tokens in a sequence.
         clip: largest gradient norm; 0 does not clip.
         bf16: bfloat16 autocast, weights stay float32.
-        eval_every: steps between validations; 0 only validates at the end.
+        checkpoint_activations: compute those within a block again in the backward pass instead of keeping them.
+        compile: compile the model with torch.compile; on CUDA this allows TF32.
+        trackers: of transformers, as tensorboard, wandb or trackio, beside the log that is always written.
+        spectra_every: steps between measurements of the effective rank, see `plan_ranks`; 0 never measures.
+        eval_every: steps between validations; before the first step and after the last there always is one.
         eval_blocks: held-out sequences in a validation.
         save_every: steps between checkpoints for `--resume`; 0 keeps none.
         keep_checkpoints: how many of them stay, the newest.
@@ -99,6 +112,8 @@ class TrainSettings:
     adamw_lr: float | None = None
     lr_schedule: str = "cosine"
     warmup: float = 0.05
+    decay_share: float = 0.2
+    min_lr: float = 0.0
     weight_decay: float = 0.0
     spectral_decay: float | None = None
     momentum: float | None = None
@@ -113,6 +128,10 @@ class TrainSettings:
     block_tokens: int = 256
     clip: float = 1.0
     bf16: bool = False
+    checkpoint_activations: bool = False
+    compile: bool = False
+    trackers: tuple[str, ...] = ()
+    spectra_every: int = 0
     eval_every: int = 0
     eval_blocks: int = 64
     save_every: int = 0
@@ -150,6 +169,7 @@ class TrainSettings:
             raise UsageError(
                 f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup:g}", hint="--warmup 0.05"
             )
+        self._check_decay()
         for name, example in (("lr", RECIPES[self.optimizer]["lr"]), ("adamw_lr", RECIPES["adamw"]["lr"])):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -158,6 +178,34 @@ class TrainSettings:
         # The optimizer reads them too, but only when the text has been read and the model built.
         RankSchedule.parse(self.chosen("rank"))
         parse_overrides(self.overrides)
+
+    def _check_decay(self) -> None:
+        if not 0 <= self.min_lr < 1:
+            raise UsageError(
+                f"min_lr is a share of the peak, 0 <= min_lr < 1, got {self.min_lr:g}", hint="--min-lr 0.1"
+            )
+        if self.min_lr and self.lr_schedule not in ("cosine", "wsd"):
+            raise UsageError(
+                f'min_lr is for the lr schedules cosine and wsd, not for "{self.lr_schedule}"',
+                hint="--lr-schedule wsd",
+            )
+        if self.lr_schedule == "wsd" and not 0 < self.decay_share <= 1 - self.warmup:
+            raise UsageError(
+                f"decay_share must be above 0 and at most {1 - self.warmup:g}, what warmup leaves of the steps, "
+                f"got {self.decay_share:g}",
+                hint="--decay-share 0.2",
+            )
+
+    def scheduler(self) -> dict[str, Any]:
+        """The learning rate's schedule as transformers' TrainingArguments take it."""
+        warmup = round(self.warmup * self.num_steps)
+        name, options = LR_SCHEDULES[self.lr_schedule], dict[str, Any]()
+        if self.lr_schedule == "wsd":
+            decay = min(round(self.decay_share * self.num_steps), self.num_steps - warmup)
+            options = {"num_decay_steps": decay, "decay_type": "1-sqrt", "min_lr_ratio": self.min_lr}
+        elif self.min_lr:
+            name, options = "cosine_with_min_lr", {"min_lr_rate": self.min_lr}
+        return {"lr_scheduler_type": name, "lr_scheduler_kwargs": options, "warmup_steps": warmup}
 
     @property
     def step_tokens(self) -> int:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from lowrank_kit.training.guard import GuardedTrainer
 from lowrank_kit.training.processes import are_connected
 from lowrank_kit.training.state import load_random_state, load_state, model_tensors, save_state
 
@@ -27,7 +28,7 @@ class Terminated(KeyboardInterrupt):
     exit_code = 128 + signal.SIGTERM
 
 
-class RunTrainer(Trainer):
+class RunTrainer(GuardedTrainer):
     """A Trainer whose checkpoints are those of `lowrank_kit.training.checkpoints`.
 
     `args.save_total_limit` says how many stay. The last step is not saved: the model itself is, right after it.

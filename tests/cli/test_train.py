@@ -95,7 +95,7 @@ def test_json_is_one_document(arguments: Arguments, tmp_path: Path, capsys: pyte
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "run" / "run.json").read_text())
     assert document["schema_version"] == 1
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4 + 2
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4 + 3
 
 
 def test_tokens_in_place_of_steps(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +187,9 @@ def test_fine_tuning(
         (["--spectral-decay", "-1"], {}, 2, "spectral_decay must be at least 0, got -1", "--spectral-decay 0.4"),
         (["--lr", "nan"], {}, 2, "command line: lr must be a number or null, not NaN", ""),
         (["--lr-schedule", "linea"], {}, 2, 'unknown lr schedule "linea"', 'did you mean "linear"?'),
+        (["--lr-schedule", "wsd", "--decay-share", "1"], {}, 2, "decay_share must be above 0", "--decay-share 0.2"),
+        (["--lr-schedule", "linear", "--min-lr", "0.1"], {}, 2, "min_lr is for the lr sch", "--lr-schedule wsd"),
+        (["--tracker", "tensorbord"], {}, 2, 'unknown tracker "tensorbord"', 'did you mean "tensorboard"?'),
         ([], {"text": "no/such/text"}, 2, "no such text source: no/such/text", "a text source is a file or folder"),
         ([], {"block_tokens": "65"}, 2, "blocks of 65 tokens are longer", "--block-tokens 64"),
         ([], {"vocab_size": "256"}, 2, "needs at least 257 tokens, got 256", "4096"),

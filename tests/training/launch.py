@@ -6,6 +6,7 @@ process raises goes to `OUTPUT.RANK.error`.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.run import train
@@ -169,7 +172,16 @@ def launch(run: Run) -> None:
                     os.kill(child, signal.SIGKILL)
 
 
+def warm_up() -> None:
+    """Do once what each process would do for itself: transformers builds tables when it first saves a model."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(folder)
+    gc.freeze()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    warm_up()
     for line in json.loads(Path(sys.argv[1]).read_text()):
         launch(Run(**line))

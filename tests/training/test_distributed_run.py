@@ -57,7 +57,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("ddp", 2),
         run("half-of-two", 2, stop=3),
         run("two-two", 2, of="half-of-two"),
-        run("two-one", 1, of="half-of-two"),
         run("half-of-one", 1, stop=3),
         run("one-two", 2, of="half-of-one"),
         run("shards", 2, fsdp=True),
@@ -89,7 +88,6 @@ def largest_difference(one: Path, other: Path, key: str) -> float:
     ("one", "other"),
     [
         ("one", "ddp"),
-        ("one", "two-one"),
         ("one", "one-two"),
         ("one", "shards"),
         ("one", "shards-one"),

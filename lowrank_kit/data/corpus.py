@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lowrank_kit.data.sources import STDLIB, Document, read_source
+from lowrank_kit.data.split import check_split, fitting, place
 from lowrank_kit.errors import UsageError
 
 
@@ -41,12 +45,7 @@ def load_corpus(
         UsageError: an argument is out of range, the source is empty, or too small to leave text on both sides.
         LowRankError: the source is damaged (`read_source`).
     """
-    if not 0 < heldout_fraction < 1:
-        raise UsageError(
-            f"the held-out fraction is between 0 and 1, got {heldout_fraction}", hint="0.1 holds out a tenth"
-        )
-    if max_bytes is not None and max_bytes < 1:
-        raise UsageError(f"max_bytes is at least 1, got {max_bytes}")
+    check_split(heldout_fraction, max_bytes)
     source = source or STDLIB
     documents = sorted(read_source(source), key=lambda document: document.name)
     train, heldout = _split(documents, heldout_fraction, seed)
@@ -85,7 +84,7 @@ def _cap(documents: Sequence[Document], max_bytes: int, seed: int) -> list[Docum
     texts = _fitting_texts(documents, max_bytes, seed)
     if texts:
         return [document for document in documents if document.text in texts]
-    first = min(documents, key=lambda document: _place(document.text, seed))
+    first = min(documents, key=lambda document: place(document.text, seed))
     # Cut in bytes; a character cut through at the end is dropped.
     beginning = first.text.encode()[:max_bytes].decode(errors="ignore")
     beginning, _ = _cut(beginning, len(beginning))
@@ -94,16 +93,10 @@ def _cap(documents: Sequence[Document], max_bytes: int, seed: int) -> list[Docum
 
 def _fitting_texts(documents: Sequence[Document], max_bytes: float, seed: int) -> set[str]:
     """Texts, first in seeded order, whose documents (all that share the text) fit into `max_bytes` together."""
-    sizes: dict[str, int] = {}
-    for document in documents:
-        sizes[document.text] = sizes.get(document.text, 0) + len(document.text.encode())
-    chosen: set[str] = set()
-    room = max_bytes
-    for text in sorted(sizes, key=lambda text: _place(text, seed)):
-        if sizes[text] <= room:
-            chosen.add(text)
-            room -= sizes[text]
-    return chosen
+    texts = [document.text for document in documents]
+    places = np.array([place(text, seed) for text in texts], dtype=np.uint64)
+    sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
+    return set(itertools.compress(texts, fitting(places, sizes, max_bytes)))
 
 
 def _cut(text: str, mark: int) -> tuple[str, str]:
@@ -114,10 +107,6 @@ def _cut(text: str, mark: int) -> tuple[str, str]:
             mark = found + len(separator)
             break
     return text[:mark], text[mark:]
-
-
-def _place(text: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:".encode() + text.encode()).digest()
 
 
 def _num_bytes(documents: Iterable[Document]) -> int:

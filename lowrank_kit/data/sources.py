@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,43 +30,95 @@ _STDLIB_EXCLUDED = {"test", "tests", "idlelib", "site-packages", "dist-packages"
 _STDLIB_FEWEST_FILES = 200
 
 _WHAT_A_SOURCE_CAN_BE = (
-    'a text source is a file or folder (.txt .text .md .rst .py, or .jsonl with a "text" field, each also .xz or .gz), '
-    "hub:NAME[:split] through datasets, or stdlib"
+    'a text source is a file or folder (.txt .text .md .rst .py, or .jsonl with a "text" field, each also .xz or .gz, '
+    'or .parquet with a "text" column), hub:NAME[:split] through datasets, or stdlib'
 )
+# How much larger text is than what holds it on disk, roughly; only a guess at what fits into memory is made of it.
+_TIMES_COMPRESSED = 4
+_PARQUET_ROWS_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it is from: a path below the source, with a line number for one row of a jsonl file."""
+    """One text and where it is from: a path below the source, with a number for one row of a jsonl or parquet file."""
 
     name: str
     text: str
 
 
-def read_source(source: str | None = None) -> Iterator[Document]:
+def read_source(source: str | None = None, *, piece_bytes: int | None = None) -> Iterator[Document]:
     """Read the documents of a text source, in the order of their names; documents of white space only are left out.
 
     Files are UTF-8. Bytes that are not become U+FFFD, with a warning that names the file: one stray byte in a folder
-    of thousands of files shall not stop a run.
+    of thousands of files shall not stop a run. Rows of jsonl and parquet files and of datasets are read one by one.
 
     Args:
         source: None or "stdlib" (the running interpreter's own library, without its tests), a file, a folder
             (read recursively, hidden files and unknown file types left out), or "hub:NAME[:split]".
+        piece_bytes: a plain file of that size or more becomes several documents, cut at the ends of paragraphs or
+            lines; None: one document, whatever its size.
 
     Raises:
         UsageError: there is no such source, it holds no text, or its rows have no "text".
-        LowRankError: a file is damaged, or a line of a jsonl file does not parse (file and line named).
+        LowRankError: a file is damaged or cut off, or a line of a jsonl file does not parse (file and line named).
     """
-    if source is None or source == STDLIB:
-        documents = _read_stdlib(Path(sysconfig.get_path("stdlib")))
-    elif source.startswith(HUB_PREFIX):
+    if source is not None and source.startswith(HUB_PREFIX):
         documents = _read_hub(source)
     else:
-        documents = _read_path(Path(source).expanduser())
+        documents = _read_files(_files(source), piece_bytes)
     return (document for document in documents if document.text.strip())
 
 
-def _read_stdlib(root: Path) -> Iterator[Document]:
+def source_files(source: str | None = None) -> dict[str, Path]:
+    """Name -> path of the files behind a text source, without reading them: for a dataset those in its cache.
+
+    Raises:
+        UsageError: there is no such source, or it has no files.
+    """
+    if source is not None and source.startswith(HUB_PREFIX):
+        paths = [Path(file["filename"]) for file in _load_dataset(source).cache_files]
+        return {f"{number}/{path.name}": path for number, path in enumerate(paths)}
+    return {name: path for path, name in _files(source)}
+
+
+def text_bytes(source: str | None = None) -> int:
+    """About how many bytes of text a source holds, told from the sizes of its files, compressed ones counted 4 times.
+
+    Raises:
+        UsageError: there is no such source, or it has no files.
+    """
+    return sum(
+        path.stat().st_size * (_TIMES_COMPRESSED if _is_compressed(path) else 1)
+        for path in source_files(source).values()
+    )
+
+
+def _files(source: str | None) -> list[tuple[Path, str]]:
+    """Path and name of each file, in the order of the paths."""
+    if source is None or source == STDLIB:
+        return _stdlib_files(Path(sysconfig.get_path("stdlib")))
+    path = Path(source).expanduser()
+    if path.is_file():
+        _reader_of(path)  # refuses other types
+        return [(path, path.name)]
+    if not path.is_dir():
+        raise UsageError(f"no such text source: {path}", hint=_WHAT_A_SOURCE_CAN_BE)
+    files = [file for file in sorted(path.rglob("*")) if _is_text_file(file, path)]
+    if not files:
+        raise UsageError(f"no text files in the folder {path}", hint=_WHAT_A_SOURCE_CAN_BE)
+    return [(file, file.relative_to(path).as_posix()) for file in files]
+
+
+def _read_files(files: Iterable[tuple[Path, str]], piece_bytes: int | None) -> Iterator[Document]:
+    for path, name in files:
+        reader = _reader_of(path)
+        if piece_bytes is not None and reader is _read_plain:
+            yield from _read_pieces(path, name, piece_bytes)
+        else:
+            yield from reader(path, name)
+
+
+def _stdlib_files(root: Path) -> list[tuple[Path, str]]:
     paths = [
         path
         for path in sorted(_python_files(root))
@@ -78,21 +131,7 @@ def _read_stdlib(root: Path) -> Iterator[Document]:
             f"expected at least {_STDLIB_FEWEST_FILES}",
             hint=f"name another source: {_WHAT_A_SOURCE_CAN_BE}",
         )
-    for path in paths:
-        yield from _read_plain(path, path.relative_to(root).as_posix())
-
-
-def _read_path(path: Path) -> Iterator[Document]:
-    if path.is_file():
-        yield from _reader_of(path)(path, path.name)
-    elif path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _is_text_file(file, path)]
-        if not files:
-            raise UsageError(f"no text files in the folder {path}", hint=_WHAT_A_SOURCE_CAN_BE)
-        for file in files:
-            yield from _reader_of(file)(file, file.relative_to(path).as_posix())
-    else:
-        raise UsageError(f"no such text source: {path}", hint=_WHAT_A_SOURCE_CAN_BE)
+    return [(path, path.relative_to(root).as_posix()) for path in paths]
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -102,12 +141,12 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
-def _read_hub(source: str) -> Iterator[Document]:
+def _load_dataset(source: str) -> Any:
+    """The rows of "hub:NAME[:split]", memory-mapped."""
     # Imported here: it takes a second, and only this kind of source needs it.
     from datasets import load_dataset
 
-    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
-    split = split or "train"
+    name, split = _dataset_name(source)
     if not name:
         raise UsageError(f'"{source}" names no dataset', hint=_WHAT_A_SOURCE_CAN_BE)
     try:
@@ -122,13 +161,49 @@ def _read_hub(source: str) -> Iterator[Document]:
             f'the dataset "{name}" has no column "{TEXT_FIELD}"; its columns: {", ".join(dataset.column_names)}',
             hint=f'write the column to read into a .jsonl file, one {{"{TEXT_FIELD}": ...}} a line',
         )
-    for row, text in enumerate(dataset.select_columns([TEXT_FIELD])[TEXT_FIELD]):
+    return dataset.select_columns([TEXT_FIELD])
+
+
+def _dataset_name(source: str) -> tuple[str, str]:
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    return name, split or "train"
+
+
+def _read_hub(source: str) -> Iterator[Document]:
+    name, split = _dataset_name(source)
+    for row, text in enumerate(_load_dataset(source)[TEXT_FIELD]):
         yield _checked_document(f"{name}:{split}:{row}", text)
 
 
 def _read_plain(path: Path, name: str) -> Iterator[Document]:
     with _opened(path) as file:
         yield Document(name, _decoded(file.read(), path))
+
+
+def _read_pieces(path: Path, name: str, piece_bytes: int) -> Iterator[Document]:
+    """A plain file as documents below `piece_bytes`, its name without a number where one is enough."""
+    with _opened(path) as file:
+        rest = b""
+        for number in itertools.count(1):
+            content = rest + file.read(piece_bytes - len(rest))
+            if len(content) < piece_bytes:
+                yield Document(name if number == 1 else f"{name}:{number}", _decoded(content, path))
+                return
+            end = _last_end(content)
+            yield Document(f"{name}:{number}", _decoded(content[:end], path))
+            rest = content[end:]
+
+
+def _last_end(content: bytes) -> int:
+    """Where the last paragraph, line or word in the second half ends; else the last character that is whole."""
+    for separator in (b"\n\n", b"\n", b" "):
+        found = content.rfind(separator, len(content) // 2)
+        if found >= 0:
+            return found + len(separator)
+    end = len(content)
+    while end > len(content) - 4 and content[end - 1] & 0b1100_0000 == 0b1000_0000:  # inside a character
+        end -= 1
+    return end - 1 if content[end - 1] >= 0b1100_0000 else len(content)
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
@@ -139,10 +214,39 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
             try:
                 row = json.loads(_decoded(line, path))
             except json.JSONDecodeError as error:
-                raise LowRankError(
-                    f"{path}, line {number}: not a JSON value: {error}", hint="each line of a .jsonl file is one object"
-                ) from error
+                raise _bad_line(path, number, line, error) from error
             yield _checked_document(f"{name}:{number}", row.get(TEXT_FIELD) if isinstance(row, dict) else None)
+
+
+def _bad_line(path: Path, number: int, line: bytes, error: json.JSONDecodeError) -> LowRankError:
+    if line.endswith(b"\n"):
+        return LowRankError(
+            f"{path}, line {number}: not a JSON value: {error}", hint="each line of a .jsonl file is one object"
+        )
+    return LowRankError(
+        f"{path}, line {number}: the last line is cut off after {len(line)} bytes: {error}",
+        hint="the file is not complete: copy it again, or delete its last line",
+    )
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Document]:
+    # datasets, which is always installed, brings pyarrow; only this kind of file needs it.
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    with _opened(path) as file:
+        try:
+            table = ParquetFile(file)
+            if TEXT_FIELD not in table.schema_arrow.names:
+                raise UsageError(
+                    f'{path} has no column "{TEXT_FIELD}"; its columns: {", ".join(table.schema_arrow.names)}',
+                    hint=f'name the column to read "{TEXT_FIELD}"',
+                )
+            batches = table.iter_batches(_PARQUET_ROWS_PER_BATCH, columns=[TEXT_FIELD])
+            for row, text in enumerate(text for batch in batches for text in batch.column(0).to_pylist()):
+                yield _checked_document(f"{name}:{row}", text)
+        except ArrowException as error:
+            raise OSError(str(error)) from error  # said as of any other file
 
 
 _Reader = Callable[[Path, str], Iterator[Document]]
@@ -154,6 +258,7 @@ _READERS: dict[str, _Reader] = {
     ".rst": _read_plain,
     ".py": _read_plain,
     ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
 }
 _OPENERS: dict[str, Callable[..., Any]] = {"": open, ".xz": lzma.open, ".gz": gzip.open}
 
@@ -162,6 +267,11 @@ def _file_type(path: Path) -> tuple[str, str]:
     """corpus.jsonl.xz -> (".jsonl", ".xz"); the second is "" where nothing is compressed."""
     compression = path.suffix if path.suffix in _OPENERS else ""
     return Path(path.name.removesuffix(compression)).suffix, compression
+
+
+def _is_compressed(path: Path) -> bool:
+    kind, compression = _file_type(path)
+    return bool(compression) or _READERS.get(kind) is _read_parquet
 
 
 def _is_text_file(path: Path, root: Path) -> bool:

@@ -32,6 +32,8 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
+@click.option("--stream/--no-stream", default=None, help="Tokens from files in the cache; left out: see below.")
+@click.option("--packing", metavar="NAME", default="blocks", show_default=True, help="blocks or documents: see below.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes in a step.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
@@ -76,6 +78,12 @@ def command(
     """Pretrain or fine-tune a model so that its matrices end up near low rank.
 
     Trains from --model-config, or MODEL (a folder or a hub name), on a text source; writes a Hugging Face folder.
+
+    A text is a file or folder (.txt .md .rst .py, or .jsonl with a "text" field, each also .xz or .gz, or .parquet with
+    a "text" column). Above 256 MB of text, compressed files counted four times, or with --stream, it is tokenized once,
+    document by document, into files in $LOWRANK_CACHE (default ~/.cache/lowrank-kit), and read from there. A block of
+    tokens holds documents one after another: with --packing blocks attention reaches over all of it, with documents it
+    stays inside each.
 
     The defaults of --lr, --rank, --momentum, --nesterov and --spectral-decay are those of the optimizer; run.json holds
     what was chosen. A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from

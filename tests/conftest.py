@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 # Before any import of a Hugging Face library: they read these once, at import.
-_HF_HOME = tempfile.mkdtemp(prefix="lowrank-tests-hf-")
-atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
+_CACHE = tempfile.mkdtemp(prefix="lowrank-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ.update(
-    HF_HOME=_HF_HOME,
+    HF_HOME=_CACHE,
+    LOWRANK_CACHE=f"{_CACHE}/lowrank-kit",
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

@@ -61,10 +61,9 @@ def check_blocks(model: PreTrainedModel, blocks: TokenBlocks) -> None:
     """
     name = model.name_or_path or type(model).__name__
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    largest = int(blocks.ids.max())
-    if largest >= vocabulary:
+    if blocks.largest_id >= vocabulary:
         raise UsageError(
-            f"the text has the token id {largest}, but {name} knows {vocabulary} tokens",
+            f"the text has the token id {blocks.largest_id}, but {name} knows {vocabulary} tokens",
             hint="make the blocks with the model's own tokenizer",
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

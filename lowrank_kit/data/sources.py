@@ -230,7 +230,7 @@ def _bad_line(path: Path, number: int, line: bytes, error: json.JSONDecodeError)
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Document]:
-    # datasets, which is always installed, brings pyarrow; only this kind of file needs it.
+    # Imported here: only this kind of file needs it.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

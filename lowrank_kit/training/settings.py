@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank_kit.data.blocks import PACKINGS
 from lowrank_kit.errors import UsageError, did_you_mean
 from lowrank_kit.optim import parse_overrides
 from lowrank_kit.optim.modes import TOPK
@@ -94,6 +95,9 @@ class TrainSettings:
         keep_checkpoints: how many of them stay, the newest.
         log_every: steps between log lines.
         max_bytes: most bytes of text to take from the source.
+        stream: tokenize the text once into files in the cache, and read it from there; None does so for a source of
+            more than 256 MB of text, see `text_bytes`.
+        packing: "blocks" lets attention reach over all of a block, "documents" keeps it inside the documents.
         seed: of weights, order of the text and dropout.
         fsdp: shard weights and optimizer over the processes (FSDP2), which otherwise hold a replica each (DDP).
         replicas: groups of processes over each of which the sharded model lies whole (HSDP).
@@ -138,6 +142,8 @@ class TrainSettings:
     keep_checkpoints: int = 2
     log_every: int = 10
     max_bytes: int | None = None
+    stream: bool | None = None
+    packing: str = "blocks"
     seed: int = 0
     fsdp: bool = False
     replicas: int = 1
@@ -161,6 +167,8 @@ class TrainSettings:
             if value is not None and not least <= value < math.inf:
                 hint = f"--{name.replace('_', '-')} {example}"
                 raise UsageError(f"{name} must be at least {least}, got {value:g}", hint=hint)
+        if self.packing not in PACKINGS:
+            raise UsageError(f'unknown packing "{self.packing}"', hint=did_you_mean(self.packing, PACKINGS))
         if self.topk not in TOPK:
             raise UsageError(f'unknown topk "{self.topk}"', hint=did_you_mean(self.topk, TOPK))
         if not 0 <= self.chosen("momentum") < 1:

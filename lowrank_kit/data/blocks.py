@@ -18,7 +18,7 @@ from lowrank_kit.errors import UsageError, did_you_mean
 
 # Enough to keep a fast tokenizer's threads busy, little enough to hold the token lists of a batch in memory.
 _DOCUMENTS_PER_BATCH = 256
-_CHARACTERS_PER_BATCH = 4_000_000
+_CHARACTERS_PER_BATCH = 1_000_000
 PACKINGS = ("blocks", "documents")
 # What the loss of transformers' models leaves out.
 _NO_LABEL = -100

@@ -63,9 +63,10 @@ class StreamedCorpus:
         Raises:
             LowRankError: the source has changed since its documents were split.
         """
+        sides = self._sides
         for index, document in self._unchanged():
-            if self._sides[index] != _NEITHER:
-                yield SidedDocument(document.name, document.text, SIDES[self._sides[index]])
+            if sides[index] != _NEITHER:
+                yield SidedDocument(document.name, document.text, SIDES[sides[index]])
 
     def sample(self, max_bytes: int) -> Iterator[str]:
         """Texts of the train side, those first in seeded order that fit, in the order they are read.

@@ -89,7 +89,8 @@ def make_trainer(
     )
     args._n_gpu = min(args.n_gpu, 1)  # a process has one device: the Trainer would take all it sees
     log = ProgressLog(output / LOG_FILE, settings.step_tokens)
-    ranks = [EffectiveRanks(settings.spectra_every, settings.step_tokens // num_processes())] if settings.spectra_every else []
+    own_tokens = settings.step_tokens // num_processes()
+    ranks = [EffectiveRanks(settings.spectra_every, own_tokens)] if settings.spectra_every else []
     trainer = RunTrainer(
         model=model,
         args=args,

@@ -117,6 +117,26 @@ def test_a_settings_file_with_flags_over_it(
 OVERRIDES = ["*.o_proj.*=adamw", "*.down_proj.*=rank_schedule=fixed:0.5"]
 
 
+def test_text_from_the_cache(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "cache"))
+    assert run(arguments("--stream", "--packing", "documents", "--json")) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["stream"], settings["packing"]) == (True, "documents")
+    assert len(list((tmp_path / "cache").rglob("tokens.bin"))) == 2
+
+
+def test_a_text_that_ends_in_the_middle_of_a_line(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pages.jsonl").write_bytes((tmp_path / "pages.jsonl").read_bytes()[:-9])
+    for streaming in ("--stream", "--no-stream"):
+        assert run(arguments(streaming)) == 1
+        assert "pages.jsonl, line 60: the last line is cut off after" in said(capsys)[1]
+        assert not (tmp_path / "run").exists()
+
+
 def test_options_of_the_optimizer(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     by_name = [word for line in OVERRIDES for word in ("--override", line)]
     momentum = ["--momentum", "0.9", "--no-nesterov"]

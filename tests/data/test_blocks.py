@@ -138,3 +138,38 @@ def test_arguments_out_of_range(documents: list[Document], tiny_tokenizer: PreTr
         token_blocks(documents, tiny_tokenizer, 1)
     with pytest.raises(UsageError, match="max_blocks is at least 1, got 0"):
         token_blocks(documents, tiny_tokenizer, 8, max_blocks=0)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=4, max_size=12),
+    block_tokens=st.integers(2, 9),
+    max_blocks=st.none() | st.integers(1, 4),
+)
+def test_positions_begin_anew_with_each_document(
+    tiny_tokenizer: PreTrainedTokenizerFast, lengths: list[int], block_tokens: int, max_blocks: int | None
+) -> None:
+    # "z" is a token of its own; so each document has its length in tokens, and the end-of-text token.
+    documents = [Document("", "z" * length) for length in lengths]
+    plain, packed = (
+        token_blocks(documents, tiny_tokenizer, block_tokens, packing=packing, max_blocks=max_blocks)
+        for packing in ("blocks", "documents")
+    )
+    assert plain.sha256 == packed.sha256
+    for before, after in ((plain[index], packed[index]) for index in range(len(plain))):
+        assert set(before) == {"input_ids", "labels"}
+        assert torch.equal(before["input_ids"], after["input_ids"])
+        position, positions, labels = 0, [], []
+        for index, token in enumerate(before["input_ids"].tolist()):
+            begins = position == 0 and index > 0
+            positions.append(position)
+            labels.append(-100 if begins else token)
+            position = 0 if token == tiny_tokenizer.eos_token_id else position + 1
+        assert after["position_ids"].tolist() == positions
+        # Whether a document begins at the start of a block cannot be seen in it, and its label is not used.
+        assert after["labels"].tolist()[1:] == labels[1:]
+
+
+def test_an_unknown_packing(tiny_tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> None:
+    with pytest.raises(UsageError, match='unknown packing "document"'):
+        token_blocks(documents, tiny_tokenizer, 8, packing="document")

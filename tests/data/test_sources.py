@@ -4,11 +4,14 @@ import gzip
 import json
 import logging
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from lowrank_kit.data.sources import Document, read_source
+from lowrank_kit.data.sources import Document, read_source, source_files, text_bytes
 from lowrank_kit.errors import LowRankError, UsageError
 
 
@@ -96,6 +99,25 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("compress", [bytes, lzma.compress, gzip.compress])
+@pytest.mark.parametrize("end", ['{"text": "cut o', '{"text": "cut off"', "{", '{"text": "na\xc3'])
+def test_a_file_that_ends_in_the_middle_of_a_line(tmp_path: Path, end: str, compress: Callable[[bytes], bytes]) -> None:
+    suffix = {bytes: "", lzma.compress: ".xz", gzip.compress: ".gz"}[compress]
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(compress(b'{"text": "one"}\n\n{"text": "two"}\n' + end.encode("latin-1")))
+    documents = read_source(str(path))
+    assert [next(documents).text, next(documents).text] == ["one", "two"]
+    message = rf"rows\.jsonl.*, line 4: the last line is cut off after {len(end)} bytes: .*\nhint: .*copy it again"
+    with pytest.raises(LowRankError, match=message) as caught:
+        next(documents)
+    assert caught.value.exit_code == 1
+
+
+def test_a_last_line_without_a_line_end_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    assert [document.text for document in read(tmp_path / "rows.jsonl")] == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -103,6 +125,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ("cut.jsonl.gz", gzip.compress(b'{"text": "long"}\n' * 1000)[:-20]),
         ("wrong.txt.xz", b"not xz"),
         ("wrong.txt.gz", b"not gzip"),
+        ("wrong.parquet", b"not parquet"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
@@ -110,6 +133,85 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
     with pytest.raises(LowRankError, match=f"{name} could not be read") as caught:
         read(tmp_path / name)
     assert caught.value.exit_code == 1
+
+
+# Parquet
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """1000 rows, in groups of 300."""
+    path = tmp_path / "rows.parquet"
+    columns = {"id": list(range(1000)), "text": [f"row {number}" for number in range(1000)]}
+    pq.write_table(pa.table(columns), path, row_group_size=300)
+    return path
+
+
+def test_parquet_row_by_row(table: Path) -> None:
+    assert read(table) == [Document(f"rows.parquet:{number}", f"row {number}") for number in range(1000)]
+    (table.parent / "a.txt").write_text("first")
+    assert [document.name for document in read(table.parent)][:2] == ["a.txt", "rows.parquet:0"]
+
+
+def test_parquet_that_is_cut_off(table: Path) -> None:
+    content = table.read_bytes()
+    table.write_bytes(content[:-100])
+    with pytest.raises(LowRankError, match=r"rows\.parquet could not be read: .*\nhint: is the file complete"):
+        read(table)
+    # Damage in the pages, with the footer whole.
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    table.write_bytes(content[:4] + bytes(len(content) - footer - 4) + content[-footer:])
+    with pytest.raises(LowRankError, match=r"rows\.parquet could not be read"):
+        read(table)
+
+
+def test_parquet_without_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["x"], "id": [1]}), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match=r'rows\.parquet has no column "text"; its columns: content, id'):
+        read(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "rows.parquet")
+    with pytest.raises(LowRankError, match=r'rows\.parquet:1: no string in the field "text"'):
+        read(tmp_path / "rows.parquet")
+
+
+# Pieces, and files that are not read
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " ", ""])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_plain_file_in_pieces(tmp_path: Path, separator: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / ("long.txt" if compress is bytes else "long.txt.gz")
+    text = separator.join(f"pièce€😀{number:03}" for number in range(200))
+    path.write_bytes(compress(text.encode()))
+    pieces = list(read_source(str(path), piece_bytes=100))
+    assert "".join(piece.text for piece in pieces) == text
+    assert all(len(piece.text.encode()) <= 100 for piece in pieces)
+    assert all(piece.text.endswith(separator) for piece in pieces[:-1])
+    assert [piece.name for piece in pieces] == [f"{path.name}:{number + 1}" for number in range(len(pieces))]
+    assert len(pieces) < 2 * len(text.encode()) / 100
+
+
+def test_a_paragraph_is_preferred_to_a_line_in_pieces_too(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("x" * 60 + "\n\n" + "y\n" + "z " * 40)
+    pieces = list(read_source(str(tmp_path / "long.txt"), piece_bytes=100))
+    assert pieces[0].text == "x" * 60 + "\n\n"
+
+
+def test_a_short_file_and_rows_are_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 99)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "y" * 300}))
+    assert list(read_source(str(tmp_path), piece_bytes=100)) == read(tmp_path)
+
+
+def test_the_files_of_a_source_and_their_size(tmp_path: Path, table: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.txt.xz").write_bytes(b"x" * 100)
+    (tmp_path / "d.txt").write_bytes(b"x" * 10)
+    names = {"b/c.txt.xz", "d.txt", "rows.parquet"}
+    assert source_files(str(tmp_path)) == {name: tmp_path / name for name in names}
+    assert text_bytes(str(tmp_path)) == 4 * 100 + 10 + 4 * table.stat().st_size
+    assert text_bytes(str(tmp_path / "d.txt")) == 10
+    assert 8e6 < text_bytes() < 16e6
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
@@ -135,6 +237,10 @@ def dataset_folder(tmp_path: Path) -> Path:
 def test_a_dataset_through_datasets(dataset_folder: Path) -> None:
     assert [document.text for document in read(f"hub:{dataset_folder}")] == ["one", "two"]
     assert read(f"hub:{dataset_folder}:test") == [Document(f"{dataset_folder}:test:0", "three")]
+    files = source_files(f"hub:{dataset_folder}")
+    assert files
+    assert all(file.suffix == ".arrow" for file in files.values())
+    assert text_bytes(f"hub:{dataset_folder}") > 6
 
 
 def test_datasets_that_cannot_be_read(dataset_folder: Path) -> None:

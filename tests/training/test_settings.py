@@ -49,6 +49,7 @@ IDS = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7}
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"spectral_decay": -0.1}, "spectral_decay must be at least 0, got -0.1\nhint: --spectral-decay 0.4"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1\nhint: --momentum 0.95"),
+        ({"packing": "document"}, 'unknown packing "document"\nhint: did you mean "documents"?'),
         ({"topk": "wram"}, 'unknown topk "wram"\nhint: did you mean "warm"?'),
         ({"overrides": ("*=adamw", "*.o_proj.*=lr=fast")}, r'PATTERN=KEY=VALUE, got "\*.o_proj.\*=lr=fast"\nhint: '),
         ({"clip": math.nan}, "clip must be at least 0, got nan"),

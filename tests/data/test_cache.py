@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from lowrank_kit.data import cache as cache_module
 from lowrank_kit.data.cache import StoredCorpus, cache_folder, stored_corpus, tokenizer_sha256
@@ -21,8 +22,6 @@ from lowrank_kit.data.stream import StreamedCorpus
 from lowrank_kit.data.tokenizer import train_tokenizer
 from lowrank_kit.errors import LowRankError, UsageError
 from tests.pages import write_pages
-
-Tokenizer = PreTrainedTokenizerFast
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +168,7 @@ class Fork:
             teller.send("writes")
             write(*arguments)
 
-        cache_module._write_stores = telling
+        cache_module._write_stores = telling  # type: ignore[assignment]
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         try:

@@ -15,6 +15,10 @@ from .output import check_new_folder, emit
 NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "quiet", "debug")
 
 
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(name for part in value.split(",") if (name := part.strip()))
+
+
 @click.command("train")
 @click.argument("model", required=False)
 @click.option(
@@ -34,6 +38,11 @@ NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "q
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
 @click.option("--stream/--no-stream", default=None, help="Tokens from files in the cache; left out: see below.")
 @click.option("--packing", metavar="NAME", default="blocks", show_default=True, help="blocks or documents: see below.")
+@click.option(
+    "--lora", metavar="RANK", type=int, default=None, help="Train LoRA adapters of this rank, not MODEL itself."
+)
+@click.option("--lora-alpha", type=float, default=None, help="Their scale is alpha / rank; left out, twice the rank.")
+@click.option("--lora-roles", metavar="A,B", default=None, callback=_names, help="Matrices with one; left out, all.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes in a step.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
@@ -85,6 +94,10 @@ def command(
     tokens holds documents one after another: with --packing blocks attention reaches over all of it, with documents it
     stays inside each.
 
+    Rows of --text (.jsonl, .parquet, hub:) that hold "messages", "conversations", or "prompt" and "completion" are put
+    in the form of the tokenizer's chat template, a sequence each, and their answers alone are learned. With --lora the
+    folder holds the whole model, adapters merged in, and DIR/adapter the adapters, as PEFT has them.
+
     The defaults of --lr, --rank, --momentum, --nesterov and --spectral-decay are those of the optimizer; run.json holds
     what was chosen. A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from
     80 % on) or piecewise:1@0,0.5@0.3. The step is found by topk warm, krylov, exact or filter. An override reads
@@ -127,16 +140,19 @@ def _text(record: dict[str, Any], output: Path) -> str:
 
     loss, settings = record["validation_loss"], record["settings"]
     perplexity = math.exp(loss) if loss < 700 else math.inf  # a float64 ends at exp(709)
+    # Conversations are no text to calibrate on.
+    answers = record["corpus"].get("train_answer_tokens")
     share = record["matrix_parameters"] / record["parameters"]
+    adapters = f"{record['adapter_parameters']:,} parameters of adapters beside " if settings["lora"] else ""
     # On the same text, in blocks that the model has the context for.
-    text = "" if settings["text"] is None else f" --text {shlex.quote(settings['text'])}"
+    text = "" if settings["text"] is None or answers else f" --text {shlex.quote(settings['text'])}"
     folder, half = shlex.quote(str(output)), shlex.quote(f"{output}-half")
     options = f"--keep 0.5{text} --block-tokens {settings['block_tokens']}"
     return "\n".join(
         [
-            f"trained {record['parameters']:,} parameters, {share:.0%} of them in matrices, "
+            f"trained {adapters}{record['parameters']:,} parameters, {share:.0%} of them in matrices, "
             f"for {record['step']} steps of {record['step_tokens']:,} tokens",
-            f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.2f}",
+            f"validation loss {loss:.4f} nats per {'answer ' if answers else ''}token, perplexity {perplexity:.2f}",
             f"wrote {output}",
             f"next: lowrank compress {folder} {options} -o {half}",
         ]

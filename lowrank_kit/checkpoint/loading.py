@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.errors import LowRankError, UsageError
 
@@ -53,7 +54,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 _SAVE_TOKENIZER = "put the tokenizer's files beside the model: tokenizer.save_pretrained(folder)"
 
 
-def check_blocks(model: PreTrainedModel, blocks: TokenBlocks) -> None:
+def check_blocks(model: PreTrainedModel, blocks: TokenBlocks | AnswerTokens) -> None:
     """Refuse token ids that the model has no embedding for, and blocks longer than its context.
 
     Raises:

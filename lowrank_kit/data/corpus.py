@@ -46,12 +46,35 @@ def load_corpus(
         LowRankError: the source is damaged (`read_source`).
     """
     check_split(heldout_fraction, max_bytes)
-    source = source or STDLIB
-    documents = sorted(read_source(source), key=lambda document: document.name)
-    train, heldout = _split(documents, heldout_fraction, seed)
+    return split_documents(
+        read_source(source),
+        source or STDLIB,
+        heldout_fraction=heldout_fraction,
+        seed=seed,
+        max_bytes=max_bytes,
+    )
+
+
+def split_documents(
+    documents: Iterable[Document],
+    source: str,
+    *,
+    heldout_fraction: float = 0.1,
+    seed: int = 0,
+    max_bytes: int | None = None,
+    cut: bool = True,
+) -> Corpus:
+    """What `load_corpus` does with the documents of a source; where `cut` is false none is cut in two.
+
+    Raises:
+        UsageError: an argument is out of range, or too few documents to leave text on both sides.
+    """
+    check_split(heldout_fraction, max_bytes)
+    documents = sorted(documents, key=lambda document: document.name)
+    train, heldout = _split(documents, heldout_fraction, seed, cut)
     if max_bytes is not None:
-        train = _cap(train, round((1 - heldout_fraction) * max_bytes), seed)
-        heldout = _cap(heldout, round(heldout_fraction * max_bytes), seed)
+        train = _cap(train, round((1 - heldout_fraction) * max_bytes), seed, cut)
+        heldout = _cap(heldout, round(heldout_fraction * max_bytes), seed, cut)
     if not train or not heldout:
         limit = "" if max_bytes is None else f", capped at {max_bytes}"
         raise UsageError(
@@ -62,9 +85,11 @@ def load_corpus(
     return Corpus(source, tuple(train), tuple(heldout), _fingerprint(train, heldout))
 
 
-def _split(documents: Sequence[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
+def _split(
+    documents: Sequence[Document], fraction: float, seed: int, cut: bool
+) -> tuple[list[Document], list[Document]]:
     heldout_texts = _fitting_texts(documents, fraction * _num_bytes(documents), seed)
-    if heldout_texts:
+    if heldout_texts or not cut:
         train = [document for document in documents if document.text not in heldout_texts]
         return train, [document for document in documents if document.text in heldout_texts]
     halves = [_cut(document.text, round((1 - fraction) * len(document.text))) for document in documents]
@@ -77,12 +102,12 @@ def _split(documents: Sequence[Document], fraction: float, seed: int) -> tuple[l
     )
 
 
-def _cap(documents: Sequence[Document], max_bytes: int, seed: int) -> list[Document]:
-    """The documents that fit, in seeded order; if not one does, the beginning of the first."""
+def _cap(documents: Sequence[Document], max_bytes: int, seed: int, cut: bool) -> list[Document]:
+    """The documents that fit, in seeded order; if not one does, the beginning of the first where it may be cut."""
     if _num_bytes(documents) <= max_bytes:
         return list(documents)
     texts = _fitting_texts(documents, max_bytes, seed)
-    if texts:
+    if texts or not cut:
         return [document for document in documents if document.text in texts]
     first = min(documents, key=lambda document: place(document.text, seed))
     # Cut in bytes; a character cut through at the end is dropped.

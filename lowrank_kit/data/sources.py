@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lowrank_kit.errors import LowRankError, UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ def source_files(source: str | None = None) -> dict[str, Path]:
         UsageError: there is no such source, or it has no files.
     """
     if source is not None and source.startswith(HUB_PREFIX):
-        paths = [Path(file["filename"]) for file in _load_dataset(source).cache_files]
+        paths = [Path(file["filename"]) for file in open_hub(source)[1].cache_files]
         return {f"{number}/{path.name}": path for number, path in enumerate(paths)}
     return {name: path for path, name in _files(source)}
 
@@ -141,38 +144,43 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
-def _load_dataset(source: str) -> Any:
-    """The rows of "hub:NAME[:split]", memory-mapped."""
+def open_hub(source: str) -> tuple[str, Dataset]:
+    """The dataset that "hub:NAME[:split]" names, memory-mapped, and what to call it in a message: "NAME:split".
+
+    Raises:
+        UsageError: no name, or a dataset that cannot be had.
+    """
     # Imported here: it takes a second, and only this kind of source needs it.
     from datasets import load_dataset
 
-    name, split = _dataset_name(source)
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    split = split or "train"
     if not name:
         raise UsageError(f'"{source}" names no dataset', hint=_WHAT_A_SOURCE_CAN_BE)
     try:
-        dataset = load_dataset(name, split=split)
+        return f"{name}:{split}", load_dataset(name, split=split)
     # What datasets raises for: no such dataset or no network; no such split, or no configuration named.
     except (OSError, ValueError) as error:
         raise UsageError(
             f'the dataset "{name}" (split "{split}") could not be loaded: {error}', hint=_WHAT_A_SOURCE_CAN_BE
         ) from error
+
+
+def _hub_texts(source: str) -> tuple[str, Dataset]:
+    """The texts of a dataset, memory-mapped, and what to call it."""
+    name, dataset = open_hub(source)
     if TEXT_FIELD not in dataset.column_names:
         raise UsageError(
             f'the dataset "{name}" has no column "{TEXT_FIELD}"; its columns: {", ".join(dataset.column_names)}',
             hint=f'write the column to read into a .jsonl file, one {{"{TEXT_FIELD}": ...}} a line',
         )
-    return dataset.select_columns([TEXT_FIELD])
-
-
-def _dataset_name(source: str) -> tuple[str, str]:
-    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
-    return name, split or "train"
+    return name, dataset.select_columns([TEXT_FIELD])
 
 
 def _read_hub(source: str) -> Iterator[Document]:
-    name, split = _dataset_name(source)
-    for row, text in enumerate(_load_dataset(source)[TEXT_FIELD]):
-        yield _checked_document(f"{name}:{split}:{row}", text)
+    name, dataset = _hub_texts(source)
+    for row, text in enumerate(dataset[TEXT_FIELD]):
+        yield _checked_document(f"{name}:{row}", text)
 
 
 def _read_plain(path: Path, name: str) -> Iterator[Document]:
@@ -207,6 +215,16 @@ def _last_end(content: bytes) -> int:
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
+    for place, row in jsonl_rows(path, name):
+        yield _checked_document(place, row.get(TEXT_FIELD) if isinstance(row, dict) else None)
+
+
+def jsonl_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """The values of a .jsonl file (.xz, .gz) and where each is from, `name:line`; empty lines are left out.
+
+    Raises:
+        LowRankError: the file is damaged, or a line does not parse.
+    """
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -215,7 +233,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
                 row = json.loads(_decoded(line, path))
             except json.JSONDecodeError as error:
                 raise _bad_line(path, number, line, error) from error
-            yield _checked_document(f"{name}:{number}", row.get(TEXT_FIELD) if isinstance(row, dict) else None)
+            yield f"{name}:{number}", row
 
 
 def _bad_line(path: Path, number: int, line: bytes, error: json.JSONDecodeError) -> LowRankError:
@@ -263,24 +281,24 @@ _READERS: dict[str, _Reader] = {
 _OPENERS: dict[str, Callable[..., Any]] = {"": open, ".xz": lzma.open, ".gz": gzip.open}
 
 
-def _file_type(path: Path) -> tuple[str, str]:
+def file_type(path: Path) -> tuple[str, str]:
     """corpus.jsonl.xz -> (".jsonl", ".xz"); the second is "" where nothing is compressed."""
     compression = path.suffix if path.suffix in _OPENERS else ""
     return Path(path.name.removesuffix(compression)).suffix, compression
 
 
 def _is_compressed(path: Path) -> bool:
-    kind, compression = _file_type(path)
+    kind, compression = file_type(path)
     return bool(compression) or _READERS.get(kind) is _read_parquet
 
 
 def _is_text_file(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return path.is_file() and not hidden and _file_type(path)[0] in _READERS
+    return path.is_file() and not hidden and file_type(path)[0] in _READERS
 
 
 def _reader_of(path: Path) -> _Reader:
-    kind, _ = _file_type(path)
+    kind, _ = file_type(path)
     if kind not in _READERS:
         raise UsageError(f'{path} has the unknown file type "{kind}"', hint=_WHAT_A_SOURCE_CAN_BE)
     return _READERS[kind]
@@ -290,7 +308,7 @@ def _reader_of(path: Path) -> _Reader:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes, decompressed; damage found while reading names the file."""
     try:
-        with _OPENERS[_file_type(path)[1]](path, "rb") as file:
+        with _OPENERS[file_type(path)[1]](path, "rb") as file:
             yield file
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise LowRankError(
@@ -311,7 +329,8 @@ def _decoded(content: bytes, path: Path) -> str:
 def _checked_document(name: str, text: object) -> Document:
     if not isinstance(text, str):
         raise LowRankError(
-            f'{name}: no string in the field "{TEXT_FIELD}"', hint=f'each row is an object {{"{TEXT_FIELD}": "..."}}'
+            f'{name}: no string in the field "{TEXT_FIELD}"',
+            hint=f'each row is an object {{"{TEXT_FIELD}": "..."}}; conversations are for lowrank train',
         )
     # JSON can spell half a surrogate pair, which no UTF-8 text holds: it becomes "?".
     return Document(name, text.encode(errors="replace").decode())

@@ -8,12 +8,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.errors import UsageError
+from lowrank_kit.training.lora import add_adapters, check_peft
 from lowrank_kit.training.presets import model_config
 from lowrank_kit.training.settings import TrainSettings
 
 
 def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model to train, in float32: random from its config, or the checkpoint to fine-tune.
+    """The model to train, in float32: random from its config, or the checkpoint to fine-tune, with LoRA adapters.
 
     Raises:
         UsageError: none can be made, or it cannot keep its attention inside documents and should.
@@ -53,7 +54,10 @@ def check_packing(model: PreTrainedModel) -> None:
 
 def _build(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if settings.model is not None:
-        return load_model(Checkpoint.open(settings.model), device=torch.device("cpu"), dtype=torch.float32)
+        if settings.lora is not None:
+            check_peft()
+        model = load_model(Checkpoint.open(settings.model), device=torch.device("cpu"), dtype=torch.float32)
+        return model if settings.lora is None else add_adapters(model, settings)
     assert settings.model_config is not None
     config = model_config(
         settings.model_config,

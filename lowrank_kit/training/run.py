@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lowrank_kit.checkpoint.loading import check_blocks
 from lowrank_kit.config import settings_difference, to_dict
+from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.device import resolve_device
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import find_matrices
@@ -115,7 +116,7 @@ def _train(
         if log.validated_at != trainer.state.global_step:
             trainer.evaluate()
     record = {**record, "finished": True, "step": trainer.state.global_step, "validation_loss": log.validation_loss}
-    _save_model(trainer, output)
+    _save_model(trainer, output, merge=settings.lora is not None)
     on_first(lambda: write_json(output / RUN_FILE, record))
     return record
 
@@ -158,17 +159,18 @@ def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
 def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrainedModel) -> dict[str, Any]:
     """Make the folder and its first run.json; returns the record."""
     matrices = find_matrices(model)
+    adapters = 0 if settings.lora is None else sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {
         "settings": to_dict(settings),
         "finished": False,
         "step": 0,
         "validation_loss": None,
         "num_steps": settings.num_steps,
-        "step_tokens": settings.step_tokens,
+        "step_tokens": data.step_tokens(settings),
         "peak_lr": settings.peak_lr,
         "peak_adamw_lr": settings.peak_adamw_lr,
         "chosen": {name: settings.chosen(name) for name in ("momentum", "nesterov", "spectral_decay", "rank")},
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()) - adapters,
         "matrix_parameters": sum(m.shape[0] * m.shape[1] for m in matrices),
         "corpus": {
             "source": data.corpus.source,
@@ -177,9 +179,12 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
             "heldout_blocks_sha256": data.heldout.sha256,
             "train_tokens": data.train.num_tokens,
             "bytes_per_token": data.heldout.bytes_per_token,
-        },
+        }
+        | _chat_figures(data),
         "environment": environment(),
     }
+    if settings.lora is not None:
+        record |= {"lora_alpha": settings.chosen_lora_alpha, "adapter_parameters": adapters}
     if not is_first():
         return record
     if output.exists() and any(output.iterdir()):
@@ -190,15 +195,23 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
     return record
 
 
-def _save_model(trainer: RunTrainer, output: Path) -> None:
-    """Weights and config beside run.json, the weights last: a folder with weights is whole."""
+def _chat_figures(data: RunData) -> dict[str, int]:
+    """How much of the corpus is learned; nothing to tell of plain text, all of which is."""
+    if not isinstance(data.train, AnswerTokens):
+        return {}
+    return {"train_conversations": len(data.train), "train_answer_tokens": data.train.num_answer_tokens}
+
+
+def _save_model(trainer: RunTrainer, output: Path, *, merge: bool) -> None:
+    """Weights and config beside run.json, the weights last: a folder with weights is whole. `merge`: of adapters."""
     staging = output / ".saving"
     on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
-    trainer.save_pretrained(staging)
+    trainer.save_pretrained(staging, merge=merge)
 
     def move() -> None:
         files = sorted(staging.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))
         for file in files:
+            shutil.rmtree(output / file.name, ignore_errors=True)  # adapters, of a save that was interrupted
             os.replace(file, output / file.name)
         staging.rmdir()
 

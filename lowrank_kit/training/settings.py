@@ -33,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 PLACEMENT = ("fsdp", "replicas", "keep_checkpoints")
 # Setting -> its least value, and one that is usual.
 _LEAST = {
+    "lora": (1, 16),
     "steps": (1, 1000),
     "tokens": (1, 10**6),
     "batch_size": (1, 8),
@@ -59,7 +60,11 @@ class TrainSettings:
     Args:
         model: checkpoint to fine-tune, a folder or a hub name. Exactly one of `model` and `model_config`.
         model_config: preset or config.json of a model trained from scratch.
-        text: text source; None is the standard library.
+        text: text source; None is the standard library. One whose rows are conversations (`is_chat`) is learned for
+            its answers.
+        lora: rank of LoRA adapters, which are trained in place of the model; None trains the whole model.
+        lora_alpha: their scale is alpha / rank; None is twice the rank.
+        lora_roles: roles of the matrices that get one; none named: all.
         tokenizer: folder or hub name of a tokenizer; None takes the model's own or trains a byte-level BPE.
         vocab_size: of a tokenizer trained here.
         optimizer: numuon, muon, adamw or sgd.
@@ -109,6 +114,9 @@ class TrainSettings:
     model: str | None = None
     model_config: str | None = None
     text: str | None = None
+    lora: int | None = None
+    lora_alpha: float | None = None
+    lora_roles: tuple[str, ...] = ()
     tokenizer: str | None = None
     vocab_size: int = 4096
     optimizer: str = "numuon"
@@ -154,6 +162,16 @@ class TrainSettings:
                 "give exactly one of MODEL (fine-tune a checkpoint) and --model-config (train from scratch)",
                 hint="lowrank train --model-config 1m --steps 200 -o run",
             )
+        if self.lora is None and (self.lora_alpha is not None or self.lora_roles):
+            raise UsageError("--lora-alpha and --lora-roles are of --lora, which is not given", hint="--lora 16")
+        if self.lora is not None and self.model is None:
+            raise UsageError(
+                "--lora fine-tunes a MODEL: adapters beside random weights learn little", hint="leave out --lora"
+            )
+        if self.lora is not None and self.fsdp:
+            raise UsageError("adapters are not sharded: --lora and --fsdp do not go together", hint="leave out --fsdp")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise UsageError(f"lora_alpha must be above 0, got {self.lora_alpha:g}", hint="--lora-alpha 32")
         if (self.steps is None) == (self.tokens is None):
             raise UsageError("give exactly one of --steps and --tokens", hint="--steps 1000")
         if self.optimizer not in OPTIMIZERS:
@@ -238,6 +256,12 @@ class TrainSettings:
         """The learning rate of what is no matrix."""
         given = self.lr if self.adamw_lr is None else self.adamw_lr
         return RECIPES["adamw"]["lr"] if given is None else given
+
+    @property
+    def chosen_lora_alpha(self) -> float:
+        """Alpha of the adapters."""
+        assert self.lora is not None
+        return 2 * self.lora if self.lora_alpha is None else self.lora_alpha
 
     def chosen(self, name: str) -> Any:
         """A setting of the optimizer: as given, or its default for this optimizer."""

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.training.guard import GuardedTrainer
+from lowrank_kit.training.lora import save_adapters
 from lowrank_kit.training.processes import are_connected
 from lowrank_kit.training.state import load_random_state, load_state, model_tensors, save_state
 
@@ -78,8 +79,13 @@ class RunTrainer(GuardedTrainer):
         bare: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         return bare
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder, from the first process; called on every process at once."""
+    def save_pretrained(self, folder: Path, *, merge: bool = False) -> None:
+        """Write the model as a Hugging Face folder, from the first process; called on every process at once.
+
+        Args:
+            folder: to make.
+            merge: write its LoRA adapters apart, and the model with them merged in.
+        """
         model = self.accelerator.unwrap_model(self.model)
         state = None
         if any(isinstance(p, DTensor) for p in model.parameters()):
@@ -89,6 +95,7 @@ class RunTrainer(GuardedTrainer):
                 if self.is_world_process_zero():
                     state[name] = whole.detach().cpu()
         if self.is_world_process_zero():
+            model = save_adapters(model, folder) if merge else model
             model.save_pretrained(folder, state_dict=state)
 
 

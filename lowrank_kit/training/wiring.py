@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lowrank_kit.config import to_dict
+from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.optim import NuMuonFactory, parse_overrides
+from lowrank_kit.training.answers import AnswerTrainer
 from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.data import RunData
 from lowrank_kit.training.effective_rank import EffectiveRanks
@@ -88,10 +90,10 @@ def make_trainer(
         run_settings=to_dict(settings),
     )
     args._n_gpu = min(args.n_gpu, 1)  # a process has one device: the Trainer would take all it sees
-    log = ProgressLog(output / LOG_FILE, settings.step_tokens)
-    own_tokens = settings.step_tokens // num_processes()
-    ranks = [EffectiveRanks(settings.spectra_every, own_tokens)] if settings.spectra_every else []
-    trainer = RunTrainer(
+    step_tokens = data.step_tokens(settings)
+    log = ProgressLog(output / LOG_FILE, step_tokens)
+    ranks = [EffectiveRanks(settings.spectra_every, step_tokens // num_processes())] if settings.spectra_every else []
+    trainer = (AnswerTrainer if isinstance(data.train, AnswerTokens) else RunTrainer)(
         model=model,
         args=args,
         train_dataset=data.train,

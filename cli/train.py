@@ -41,7 +41,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option(
     "--lora", metavar="RANK", type=int, default=None, help="Train LoRA adapters of this rank, not MODEL itself."
 )
-@click.option("--lora-alpha", type=float, default=None, help="Their scale is alpha / rank; left out, twice the rank.")
+@click.option("--lora-alpha", type=int, default=None, help="Their scale is alpha / rank; left out, twice the rank.")
 @click.option("--lora-roles", metavar="A,B", default=None, callback=_names, help="Matrices with one; left out, all.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes in a step.")

@@ -165,10 +165,14 @@ def answer_tokens(
     if max_conversations is not None and max_conversations < len(kept):
         chosen = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:max_conversations]
         kept = [kept[index] for index in sorted(chosen.tolist())]
-    ids, answers = (torch.from_numpy(np.concatenate(side)) for side in zip(*kept, strict=True))
-    ends = torch.tensor([len(row) for row, _ in kept]).cumsum(0)
-    num_bytes = sum(len(tokenizer.decode(row[answer]).encode()) for row, answer in kept)
-    return AnswerTokens(ids, answers, ends, num_bytes / int(answers.sum()))
+    num_bytes = sum(len(tokenizer.decode(ids[answers]).encode()) for ids, answers in kept)
+    all_ids, all_answers = (np.concatenate(side) for side in zip(*kept, strict=True))
+    return AnswerTokens(
+        torch.from_numpy(all_ids),
+        torch.from_numpy(all_answers),
+        torch.tensor([len(ids) for ids, _ in kept]).cumsum(0),
+        num_bytes / int(all_answers.sum()),
+    )
 
 
 def _tokenized(

@@ -48,6 +48,7 @@ def add_adapters(model: PreTrainedModel, settings: TrainSettings) -> PreTrainedM
     """
     from peft import LoraConfig, get_peft_model
 
+    assert settings.lora is not None
     matrices = find_matrices(model)
     roles = dict.fromkeys(matrix.role for matrix in matrices)
     if unknown := [role for role in settings.lora_roles if role not in roles]:

@@ -34,6 +34,7 @@ PLACEMENT = ("fsdp", "replicas", "keep_checkpoints")
 # Setting -> its least value, and one that is usual.
 _LEAST = {
     "lora": (1, 16),
+    "lora_alpha": (1, 32),
     "steps": (1, 1000),
     "tokens": (1, 10**6),
     "batch_size": (1, 8),
@@ -115,7 +116,7 @@ class TrainSettings:
     model_config: str | None = None
     text: str | None = None
     lora: int | None = None
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     lora_roles: tuple[str, ...] = ()
     tokenizer: str | None = None
     vocab_size: int = 4096
@@ -170,8 +171,6 @@ class TrainSettings:
             )
         if self.lora is not None and self.fsdp:
             raise UsageError("adapters are not sharded: --lora and --fsdp do not go together", hint="leave out --fsdp")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise UsageError(f"lora_alpha must be above 0, got {self.lora_alpha:g}", hint="--lora-alpha 32")
         if (self.steps is None) == (self.tokens is None):
             raise UsageError("give exactly one of --steps and --tokens", hint="--steps 1000")
         if self.optimizer not in OPTIMIZERS:
@@ -258,7 +257,7 @@ class TrainSettings:
         return RECIPES["adamw"]["lr"] if given is None else given
 
     @property
-    def chosen_lora_alpha(self) -> float:
+    def chosen_lora_alpha(self) -> int:
         """Alpha of the adapters."""
         assert self.lora is not None
         return 2 * self.lora if self.lora_alpha is None else self.lora_alpha

@@ -1,7 +1,7 @@
 """Fine-tuning an AdamW checkpoint: what each optimizer learns of the new text, forgets of the old, and how it folds.
 
-    python evals/finetune/study.py tune --old PROSE     # run what is missing of the trials behind the choice
-    python evals/finetune/study.py report --old PROSE   # run what is missing of the chosen settings, over three seeds
+    python evals/finetune/finetune.py tune --old PROSE     # run what is missing of the trials behind the choice
+    python evals/finetune/finetune.py report --old PROSE   # run what is missing of the chosen settings, over three seeds
 
 A small Llama is trained with AdamW on the old text, fine-tuned on the new one (the standard library's sources), then
 compressed with `whiten` on the new text and scored on both. Trials that settings are chosen by train on, and are scored
@@ -99,15 +99,15 @@ def _texts(work: Path, stage: str, old: str) -> Path:
     if (folder / "tokenizer").is_dir():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    sides = []
+    training: list[Document] = []
     for name, source in (("old", old), ("new", None)):
         documents = load_corpus(source, max_bytes=MAX_BYTES[name]).train
         if stage == "tune":
             _write(folder / "whole.jsonl", documents)
             documents = load_corpus(str(folder / "whole.jsonl")).train
         _write(folder / f"{name}.jsonl", documents)
-        sides.extend(load_corpus(str(folder / f"{name}.jsonl")).train)
-    tokenizer = train_tokenizer((document.text for document in sides), 1024, COMMON["block_tokens"])
+        training.extend(load_corpus(str(folder / f"{name}.jsonl")).train)
+    tokenizer = train_tokenizer((document.text for document in training), 1024, COMMON["block_tokens"])
     shape = {"model_type": "llama", "tie_word_embeddings": True, **SHAPE}
     (folder / "model-config.json").write_text(json.dumps(shape))
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -1,7 +1,7 @@
 """Fine-tuning an AdamW checkpoint: what each optimizer learns of the new text, forgets of the old, and how it folds.
 
-    python evals/finetune/finetune.py tune --old PROSE     # run what is missing of the trials behind the choice
-    python evals/finetune/finetune.py report --old PROSE   # run what is missing of the chosen settings, over three seeds
+    python evals/finetune/finetune.py tune --old PROSE    # run what is missing of the trials behind the choice
+    python evals/finetune/finetune.py report --old PROSE  # run what is missing of the chosen settings, over seeds
 
 A small Llama is trained with AdamW on the old text, fine-tuned on the new one (the standard library's sources), then
 compressed with `whiten` on the new text and scored on both. Trials that settings are chosen by train on, and are scored

@@ -68,6 +68,10 @@ class AnswerTokens(Dataset[dict[str, Tensor]]):
         return self.ids.numel()
 
     @property
+    def largest_id(self) -> int:
+        return int(self.ids.max())
+
+    @property
     def num_answer_tokens(self) -> int:
         return int(self.answers.sum())
 

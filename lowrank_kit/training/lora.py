@@ -82,5 +82,6 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Returns:
         The whole model, dense or compressed as it was, with the names and shapes it had.
     """
-    model.save_pretrained(folder / ADAPTER)
+    # Embeddings are never trained here; asked for "auto", PEFT looks the base model up on the hub to find that out.
+    model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     return model.merge_and_unload(safe_merge=True)

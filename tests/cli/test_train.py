@@ -214,6 +214,8 @@ def test_fine_tuning(
         ([], {"block_tokens": "65"}, 2, "blocks of 65 tokens are longer", "--block-tokens 64"),
         ([], {"vocab_size": "256"}, 2, "needs at least 257 tokens, got 256", "4096"),
         ([], {"device": "gpu"}, 2, "'gpu' is not one of auto, cpu", "lowrank train --help"),
+        (["--lora", "2"], {}, 2, "--lora fine-tunes a MODEL", "leave out --lora"),
+        (["--lora-roles", "q"], {}, 2, "--lora-alpha and --lora-roles are of --lora", "--lora 16"),
         (["--tokenizer", "no/such/one"], {}, 2, "no such model folder: no/such/one", "give a folder"),
     ],
 )
@@ -311,6 +313,46 @@ def test_a_run_that_diverges(arguments: Arguments, tmp_path: Path, capsys: pytes
     assert "is not finite at step " in told
     assert "hint: lower the learning rate" in told
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# Fine-tuning
+
+
+def test_fine_tuning_on_conversations(
+    arguments: Arguments, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(20)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune = arguments(str(tiny_llama_folder), model_config=None, vocab_size=None, text=str(tmp_path / "chat.jsonl"))
+    assert run(tune) == 0
+    lines, told = said(capsys)
+    assert "18 conversations to train on" in told
+    assert "the tokenizer has no chat template" in told
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert lines[0].endswith(f"for 4 steps of {record['step_tokens']} tokens")
+    assert " nats per answer token, perplexity " in lines[1]
+    # Calibrated on text: conversations are none.
+    assert "--text" not in lines[3]
+    rows.append({"messages": [{"role": "user", "content": "?"}]})
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run([*tune, "--output", str(tmp_path / "other")]) == 1
+    assert 'chat.jsonl:21: the conversation has no message of the role "assistant"' in said(capsys)[1]
+    assert not (tmp_path / "other").exists()
+
+
+def test_lora_and_what_it_says_next(
+    arguments: Arguments, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [str(tiny_llama_folder), "--lora", "2", "--lora-roles", "q, down"]
+    assert run(arguments(*model, model_config=None, vocab_size=None)) == 0
+    lines, told = said(capsys)
+    assert re.search(r"^adapters +8 +- +adamw +0\.002 +-$", told, re.MULTILINE)
+    assert lines[0].startswith("trained 704 parameters of adapters beside ")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["lora_roles"] == ["q", "down"]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert run(shlex.split(lines[3].split(" lowrank ")[1])) == 0
 
 
 # Ctrl-C and resume

@@ -135,7 +135,7 @@ def test_long_conversations_are_cut_and_counted(
 ) -> None:
     tokenizer = with_template(tiny_tokenizer, UNMARKED)
     late = [{"role": "user", "content": "river " * 40}, TALK[1]]
-    found = [document(TALK[:2]), document(late), document(TALK[:2] + [{"role": "user", "content": "mill " * 40}])]
+    found = [document(TALK[:2]), document(late), document([*TALK[:2], {"role": "user", "content": "mill " * 40}])]
     with caplog.at_level(logging.WARNING):
         tokens = answer_tokens(found, tokenizer, 32)
     assert (

@@ -115,9 +115,9 @@ def test_a_cap_takes_whole_conversations(tmp_path: Path) -> None:
     assert 20 < len(capped.train) < 50
     assert set(capped.train) < set(whole.train)
     assert set(capped.heldout) < set(whole.heldout)
-    with pytest.raises(UsageError, match="too small to hold out 0.1 of it: .* in 100 documents, capped at 50"):
+    with pytest.raises(UsageError, match=r"too small to hold out 0.1 of it: .* in 100 documents, capped at 50"):
         load_chat(source, max_bytes=50)
-    with pytest.raises(UsageError, match="too small to hold out 0.1 of it: .* in 3 documents"):
+    with pytest.raises(UsageError, match=r"too small to hold out 0.1 of it: .* in 3 documents"):
         load_chat(str(write(tmp_path / "few.jsonl", rows(3))))
 
 

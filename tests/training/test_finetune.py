@@ -251,6 +251,8 @@ def test_families(family: str, tmp_path: Path) -> None:
     names = model.state_dict().keys()
     settings = TrainSettings(model="somewhere", lora=2, steps=1)
     adapted = add_adapters(model, settings)
+    # As the user named it, not the folder it was found in.
+    assert adapted.peft_config["default"].base_model_name_or_path == "somewhere"
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)

@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pages(folder / "pages.jsonl")
     write_pages(folder / "pages-0.jsonl")
     write_pages(folder / "pages-1.jsonl", num_words=39)
-    # Five validation blocks divide over no two processes, and an epoch is no whole number of steps.
+    # Five validation blocks divide over no two processes; an epoch ends within the run, after 67 blocks.
     base = {"model_config": str(folder / "tiny.json"), "text": str(folder / "pages.jsonl"), "vocab_size": 300}
-    base |= {"steps": 6, "batch_size": 4, "accumulate": 2, "block_tokens": 32, "max_bytes": 4000, "eval_blocks": 5}
+    base |= {"steps": 6, "batch_size": 8, "accumulate": 2, "block_tokens": 32, "max_bytes": 6000, "eval_blocks": 5}
     base |= {"log_every": 1, "lr": 1e-2, "save_every": 2, "eval_every": 3, "keep_checkpoints": 1}
 
     def run(name: str, processes: int = 1, *, of: str | None = None, **changes: Any) -> Run:

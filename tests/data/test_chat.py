@@ -149,7 +149,7 @@ def test_a_row_that_is_no_conversation(row: Any, message: str, tmp_path: Path) -
 
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text('{"messages": [')
-    with pytest.raises(LowRankError, match=r"chat\.jsonl, line 1: not a JSON value"):
+    with pytest.raises(LowRankError, match=r"chat\.jsonl, line 1: the last line is cut off"):
         is_chat(str(tmp_path / "chat.jsonl"))
     (tmp_path / "chat.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(LowRankError, match=r"chat\.parquet could not be read") as caught:

@@ -166,7 +166,7 @@ def test_the_command_under_torchrun(folder: Path, tmp_path: Path) -> None:
     # One document, though there are two processes; and the table of what steps what is told once.
     assert json.loads(done.stdout)["finished"]
     assert done.stderr.count("what steps what") == 1
-    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 2]
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [0, 1, 2, 2]
 
 
 # Launches that are refused

@@ -28,7 +28,7 @@ from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.layers import LowRankLinear
 from lowrank_kit.optim.schedule import RankSchedule
-from lowrank_kit.training import run
+from lowrank_kit.training import wiring
 from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.run import train
 from lowrank_kit.training.settings import TrainSettings
@@ -202,7 +202,7 @@ def test_compiled(
     """The compiler's front end only: its back end takes a minute."""
     settings = {"steps": 3, "save_every": 2, "optimizer": "sgd"}
     train(settings_for(**settings), tmp_path / "plain", device="cpu")
-    monkeypatch.setattr(run, "RunArguments", partial(RunArguments, torch_compile_backend="eager"))
+    monkeypatch.setattr(wiring, "RunArguments", partial(RunArguments, torch_compile_backend="eager"))
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     with caplog.at_level(logging.INFO, logger="lowrank_kit"):

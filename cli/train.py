@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import device_option, given_parameters, json_option, output_option, seed_option, verbosity_options
 from .output import check_new_folder, emit
 
+if TYPE_CHECKING:
+    from lowrank_kit.training.settings import TrainSettings
+
 # Parameters of the verb that are no settings of the run.
-NOT_SETTINGS = ("output", "resume", "device", "as_json", "config", "verbose", "quiet", "debug")
+NOT_SETTINGS = ("output", "resume", "dry_run", "device", "as_json", "config", "verbose", "quiet", "debug")
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -22,7 +25,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.command("train")
 @click.argument("model", required=False)
 @click.option(
-    "--model-config", metavar="PRESET|FILE", default=None, help="Train from scratch: 1m, 2m, ... or a config."
+    "--model-config", metavar="PRESET|FILE", default=None, help="Train from scratch: a preset, see below, or a config."
 )
 @click.option("--optimizer", metavar="NAME", default="numuon", show_default=True, help="numuon, muon, adamw or sgd.")
 @click.option("--lr", type=float, default=None, help="Peak learning rate; left out, the optimizer's default.")
@@ -75,18 +78,29 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--replicas", type=int, default=1, show_default=True, help="Of the sharded model (HSDP).")
 @click.option("--config", type=click.Path(path_type=Path), default=None, help="Settings from YAML or JSON; flags win.")
 @click.option("--resume", is_flag=True, default=False, help="Go on from the newest whole checkpoint in DIR.")
-@output_option()
+@click.option("--dry-run", is_flag=True, default=False, help="Print what it would take and write nothing.")
+@output_option(required=False)
 @seed_option
 @device_option
 @json_option
 @verbosity_options
 @click.pass_context
 def command(
-    context: click.Context, output: Path, resume: bool, device: str, as_json: bool, config: Path | None, **_: Any
+    context: click.Context,
+    output: Path | None,
+    resume: bool,
+    dry_run: bool,
+    device: str,
+    as_json: bool,
+    config: Path | None,
+    **_: Any,
 ) -> None:
     """Pretrain or fine-tune a model so that its matrices end up near low rank.
 
     Trains from --model-config, or MODEL (a folder or a hub name), on a text source; writes a Hugging Face folder.
+
+    Presets are 1m, 2m, 5m, 15m, 60m, 125m, 350m and 1b, shaped as Llama, and qwen3-1m to qwen3-1b. --dry-run tells
+    memory by part, disk and time, and needs no -o. A run that needs more memory than there is ends with exit code 3.
 
     A text is a file or folder (.txt .md .rst .py, or .jsonl with a "text" field, each also .xz or .gz, or .parquet with
     a "text" column). Above 256 MB of text, compressed files counted four times, or with --stream, it is tokenized once,
@@ -112,18 +126,24 @@ def command(
     role, at a multiple of those steps.
     """
     from lowrank_kit.config import load_settings
+    from lowrank_kit.errors import UsageError
     from lowrank_kit.training.processes import disconnect, is_first
     from lowrank_kit.training.run import RUN_FILE, stored_settings, train
     from lowrank_kit.training.settings import TrainSettings
 
     given = {name: value for name, value in given_parameters(context).items() if name not in NOT_SETTINGS}
-    if not resume:
-        if is_first():  # which fills it while the others start
-            check_new_folder(output)
-    elif config is None:
+    if output is None and (resume or not dry_run):
+        raise UsageError("no output folder", hint="-o DIR, or --dry-run for what it would take")
+    if output is not None and not resume and is_first():  # which fills it while the others start
+        check_new_folder(output)
+    if output is not None and resume and config is None:
         # Resuming asks for the settings of the run, and for nothing else to be spelled out again.
         given = {**stored_settings(output), **given}
     settings = load_settings(TrainSettings, config, given)
+    if dry_run:
+        _dry_run(settings, device, as_json)
+        return
+    assert output is not None
     try:
         record = train(settings, output, resume=resume, device=device)
     except KeyboardInterrupt as stop:
@@ -133,6 +153,19 @@ def command(
     disconnect()
     if is_first():
         emit(record, _text(record, output), as_json)
+
+
+def _dry_run(settings: TrainSettings, device: str, as_json: bool) -> None:
+    """Print the estimate, then end as the run would: refused if it does not fit."""
+    from lowrank_kit.device import resolve_device
+    from lowrank_kit.report.tables import text_table
+    from lowrank_kit.training.estimate import check_memory, report, report_rows
+    from lowrank_kit.training.run import estimate
+
+    found, torch_device = estimate(settings), resolve_device(device)
+    document = report(found, torch_device, bf16=settings.bf16)
+    emit(document, f"{text_table(report_rows(document, settings))}\nnothing written (--dry-run)", as_json)
+    check_memory(found.memory, settings, torch_device)
 
 
 def _text(record: dict[str, Any], output: Path) -> str:

@@ -1,7 +1,11 @@
-"""Where and in which number format work runs: the meaning of `--device` and `--dtype`."""
+"""Where and in which number format work runs: the meaning of `--device` and `--dtype`, and what a device can do."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
+import psutil
 import torch
 
 from lowrank_kit.errors import UsageError, did_you_mean
@@ -37,3 +41,64 @@ def resolve_dtype(name: str = "auto") -> torch.dtype | str:
     if name not in DTYPES:
         raise UsageError(f'unknown dtype "{name}"', hint=did_you_mean(name, ("auto", *DTYPES)))
     return DTYPES[name]
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on a device.
+
+    Of a CUDA device what is free there; of the CPU, and of MPS which shares its memory, what the machine has left
+    without swapping, or the process's cgroup if that is less.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return min([psutil.virtual_memory().available, *cgroup_rooms()])
+
+
+def cgroup_rooms(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left under each memory limit of the process's cgroup and those above it; empty where there is none.
+
+    Args:
+        membership: a line `id:controllers:path` for each hierarchy.
+        mount: of version 2, and folder of the mount `memory` of version 1.
+    """
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:  # not Linux
+        return []
+    rooms = []
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (mount / "memory", _CGROUP_1) if controllers else (mount, _CGROUP_2)
+        # A container often sees its own cgroup as the mount, whatever the path says.
+        inner = top / path.strip("/")
+        rooms += [_room(folder, *names) for folder in {top, inner, *inner.parents} if folder.is_relative_to(top)]
+    return [room for room in rooms if room is not None]
+
+
+# Limit, use and the key in memory.stat of the cache that can be given back, of both versions of cgroups.
+_CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def _room(folder: Path, limit: str, use: str, cache: str) -> int | None:
+    try:
+        most = int((folder / limit).read_text())
+        used = int((folder / use).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such cgroup here, or "max"
+        return None
+    return max(most - used + int(stat.get(cache, 0)), 0)
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second in products of square matrices, the best of a few: takes 0.1 s or so."""
+    side = 384 if device.type == "cpu" else 4096
+    A, best = torch.ones(side, side, device=device, dtype=dtype), float("inf")
+    until = time.perf_counter() + 0.1
+    while best == float("inf") or time.perf_counter() < until:
+        started = time.perf_counter()
+        (A @ A)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best

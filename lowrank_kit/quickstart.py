@@ -41,7 +41,7 @@ class Size:
     """How large a quickstart is.
 
     Args:
-        shape: of the Llama, as `PRESETS` has it.
+        shape: of the Llama, as config.json has it.
         vocab_size: of its tokenizer.
         steps: of each training.
         batch_size: sequences in a step.

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
-from lowrank_kit.device import DTYPES, resolve_device, resolve_dtype
+from lowrank_kit.device import (
+    DTYPES,
+    available_memory,
+    cgroup_rooms,
+    product_flops,
+    resolve_device,
+    resolve_dtype,
+)
 from lowrank_kit.errors import UsageError
 
 
@@ -53,3 +63,39 @@ def test_dtypes() -> None:
     with pytest.raises(UsageError) as raised:
         resolve_dtype("bfloat")
     assert str(raised.value) == 'unknown dtype "bfloat"\nhint: did you mean "bfloat16"?'
+
+
+def test_memory_that_is_left_is_the_machines_or_the_cgroups(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert 0 < available_memory(cpu) <= psutil.virtual_memory().total
+    monkeypatch.setattr("lowrank_kit.device.cgroup_rooms", lambda: [10**6, 5000])
+    assert available_memory(cpu) == 5000
+
+
+def cgroup(folder: Path, limit: str, used: int, cache: int, *, version: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    key = {1: "total_inactive_file", 2: "inactive_file"}[version]
+    (folder / "memory.stat").write_text(f"anon 5\n{key} {cache}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_cgroups_are_those_of_the_process_and_of_all_above(version: int, tmp_path: Path) -> None:
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    cgroup(top / "a" / "b", "1000", 400, 100, version=version)
+    cgroup(top / "a", "max", 500, 0, version=version)
+    cgroup(top / "other", "10", 5, 0, version=version)
+    membership = tmp_path / "membership"
+    membership.write_text("5:cpuset:/x\n" + ("4:cpu,memory:/a/b\n" if version == 1 else "0::/a/b\n"))
+    assert cgroup_rooms(membership, tmp_path) == [700]
+    # A container sees its own group as the mount.
+    cgroup(top, "300", 500, 0, version=version)
+    assert sorted(cgroup_rooms(membership, tmp_path)) == [0, 700]
+    assert cgroup_rooms(tmp_path / "none", tmp_path) == []
+
+
+def test_the_speed_of_products_is_measured() -> None:
+    # Any computer of this century does more than 0.1 and less than 10^5 GFLOP/s.
+    assert 1e8 < product_flops(torch.device("cpu"), torch.float32) < 1e14

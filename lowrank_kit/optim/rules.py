@@ -32,7 +32,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "none": lambda rows, columns: 1.0,
 }
 # Matrices of one shape are stepped together, up to 256 MiB of float32 a tensor.
-_BATCH_ELEMENTS = 2**26
+BATCH_ELEMENTS = 2**26
 
 
 def layout_of(group: Group) -> Layout:
@@ -79,7 +79,7 @@ def _same_shape(params: list[Tensor]) -> Iterator[list[int]]:
             where = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
             alike[p.shape, where].append(index)
     for (shape, _where), indices in alike.items():
-        together = max(1, _BATCH_ELEMENTS // shape.numel())
+        together = max(1, BATCH_ELEMENTS // shape.numel())
         for start in range(0, len(indices), together):
             yield indices[start : start + together]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.checkpoint.loading import load_model
-from lowrank_kit.errors import UsageError
+from lowrank_kit.checkpoint.folder import Checkpoint, resolve_model
+from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
+from lowrank_kit.checkpoint.quantizer import LowRankConfig, LowRankQuantizer
+from lowrank_kit.errors import DoesNotFitError, UsageError
 from lowrank_kit.training.lora import add_adapters, check_peft
 from lowrank_kit.training.presets import model_config
 from lowrank_kit.training.settings import TrainSettings
@@ -58,13 +59,53 @@ def _build(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
             check_peft()
         model = load_model(Checkpoint.open(settings.model), device=torch.device("cpu"), dtype=torch.float32)
         return model if settings.lora is None else add_adapters(model, settings)
-    assert settings.model_config is not None
-    config = model_config(
-        settings.model_config,
-        vocab_size=len(tokenizer),
-        context=settings.block_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = _config(settings, tokenizer, vocab_size=len(tokenizer))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def outline_model(settings: TrainSettings) -> PreTrainedModel:
+    """The model of a run on the meta device: names and shapes, no memory. No text is read.
+
+    A tokenizer that is still to be trained counts with all of `vocab_size`, of which a short text yields fewer.
+
+    Raises:
+        UsageError: as `build_model`.
+        DoesNotFitError: a tensor has more numbers than torch can count.
+    """
+    if settings.model is not None:
+        return _outline_checkpoint(settings, Checkpoint.open(settings.model))
+    tokenizer = load_tokenizer(resolve_model(settings.tokenizer)) if settings.tokenizer else None
+    config = _config(settings, tokenizer, vocab_size=len(tokenizer) if tokenizer else settings.vocab_size)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except RuntimeError as error:
+        raise DoesNotFitError(
+            f"{settings.model_config}: a tensor of this model has more bytes than can be counted: {error}",
+            hint="--model-config 1m, or another preset",
+        ) from error
+
+
+def _outline_checkpoint(settings: TrainSettings, checkpoint: Checkpoint) -> PreTrainedModel:
+    model = checkpoint.meta_model().float()
+    compressed = checkpoint.config.get("quantization_config")
+    if compressed:
+        LowRankQuantizer(LowRankConfig(**compressed)).preprocess_model(model)
+    if settings.lora is None:
+        return model
+    check_peft()
+    with torch.device("meta"):
+        return add_adapters(model, settings)
+
+
+def _config(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int) -> PreTrainedConfig:
+    """The config of a model from scratch; without a tokenizer all special tokens are 0, as in one trained here."""
+    assert settings.model_config is not None
+    return model_config(
+        settings.model_config,
+        vocab_size=vocab_size,
+        context=settings.block_tokens,
+        bos_token_id=tokenizer.bos_token_id if tokenizer else 0,
+        eos_token_id=tokenizer.eos_token_id if tokenizer else 0,
+        pad_token_id=tokenizer.pad_token_id if tokenizer else 0,
+    )

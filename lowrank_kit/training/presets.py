@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -14,14 +14,60 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lowrank_kit.errors import LowRankError, UsageError, did_you_mean
 
-# Llama shapes by the number of matrix parameters; heads of 32 or 64, an MLP 8/3 as wide as the model.
-PRESETS: dict[str, dict[str, int]] = {
-    "1m": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "2m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
-    "5m": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8},
-    "15m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
-    "60m": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 12, "num_attention_heads": 10},
-    "125m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 12},
+
+class Preset(NamedTuple):
+    """One rung of the ladder: the shape of a model, all but its vocabulary."""
+
+    model_type: str
+    width: int
+    mlp: int
+    blocks: int
+    heads: int
+    key_heads: int
+    head_dim: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of config.json that say it."""
+        return {
+            "model_type": self.model_type,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.blocks,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "head_dim": self.head_dim,
+            "tie_word_embeddings": True,
+        }
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Numbers of the matrices: q, k, v and o, gate, up and down of every block."""
+        attention = 2 * self.width * (self.heads + self.key_heads) * self.head_dim
+        return self.blocks * (attention + 3 * self.width * self.mlp)
+
+
+# A name counts the parameters of the matrices, within 10 %; those of the embeddings, tied as in published models up to
+# 1B, go with the vocabulary. MLPs are 8/3 to 3 times as wide as the model, and 4 times in Llama 1b, which is Llama 3.2
+# 1B. Llama 350m is SmolLM2 360M with four more blocks; Qwen3 350m and 1b are Qwen3 0.6B and 1.7B with 22 and 20 of
+# their 28 blocks, and from 15m on Qwen3 has a key head for two heads as there.
+PRESETS = {
+    "1m": Preset("llama", width=128, mlp=352, blocks=5, heads=4, key_heads=4, head_dim=32),
+    "2m": Preset("llama", width=192, mlp=576, blocks=4, heads=6, key_heads=6, head_dim=32),
+    "5m": Preset("llama", width=256, mlp=704, blocks=6, heads=8, key_heads=8, head_dim=32),
+    "15m": Preset("llama", width=384, mlp=1024, blocks=8, heads=6, key_heads=6, head_dim=64),
+    "60m": Preset("llama", width=640, mlp=1728, blocks=12, heads=10, key_heads=10, head_dim=64),
+    "125m": Preset("llama", width=768, mlp=2048, blocks=18, heads=12, key_heads=12, head_dim=64),
+    "350m": Preset("llama", width=960, mlp=2560, blocks=36, heads=15, key_heads=5, head_dim=64),
+    "1b": Preset("llama", width=2048, mlp=8192, blocks=16, heads=32, key_heads=8, head_dim=64),
+    "qwen3-1m": Preset("qwen3", width=128, mlp=352, blocks=5, heads=4, key_heads=4, head_dim=32),
+    "qwen3-2m": Preset("qwen3", width=192, mlp=576, blocks=4, heads=6, key_heads=6, head_dim=32),
+    "qwen3-5m": Preset("qwen3", width=256, mlp=704, blocks=6, heads=8, key_heads=8, head_dim=32),
+    "qwen3-15m": Preset("qwen3", width=384, mlp=1024, blocks=9, heads=6, key_heads=3, head_dim=64),
+    "qwen3-60m": Preset("qwen3", width=640, mlp=1728, blocks=13, heads=10, key_heads=5, head_dim=64),
+    "qwen3-125m": Preset("qwen3", width=768, mlp=2048, blocks=19, heads=12, key_heads=6, head_dim=64),
+    "qwen3-350m": Preset("qwen3", width=1024, mlp=3072, blocks=22, heads=16, key_heads=8, head_dim=128),
+    "qwen3-1b": Preset("qwen3", width=2048, mlp=6144, blocks=20, heads=16, key_heads=8, head_dim=128),
 }
 
 
@@ -29,7 +75,7 @@ def model_config(source: str, *, vocab_size: int | None, context: int, **token_i
     """The config of a model to be trained from scratch.
 
     Args:
-        source: name of a preset (a Llama with tied embeddings) or path of a config.json.
+        source: name of a preset (see `PRESETS`) or path of a config.json.
         vocab_size: of the tokenizer; None takes what the file says.
         context: longest sequence in tokens, for a preset.
         token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer.
@@ -39,12 +85,7 @@ def model_config(source: str, *, vocab_size: int | None, context: int, **token_i
         LowRankError: the file is no JSON object.
     """
     if source in PRESETS:
-        settings: dict[str, Any] = {
-            "model_type": "llama",
-            "tie_word_embeddings": True,
-            "max_position_embeddings": context,
-            **PRESETS[source],
-        }
+        settings = {**PRESETS[source].settings, "max_position_embeddings": context}
     else:
         settings = _read_config(Path(source))
     if vocab_size is not None:

@@ -22,8 +22,9 @@ from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 from lowrank_kit.training.checkpoints import newest_whole
 from lowrank_kit.training.data import RunData, load_data
+from lowrank_kit.training.estimate import Estimate, check_memory, estimate_run
 from lowrank_kit.training.guard import last_good_checkpoint_named
-from lowrank_kit.training.model import build_model
+from lowrank_kit.training.model import build_model, outline_model
 from lowrank_kit.training.processes import (
     batch_per_process,
     check_launch,
@@ -69,12 +70,14 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
         NonFiniteError: a loss, gradient or matrix that is not finite; it names the last good checkpoint.
         LowRankError: a checkpoint that cannot be written, or no whole one to resume.
         Terminated: SIGTERM, after a checkpoint where the run saves them.
+        DoesNotFitError: more memory is needed than the device has left.
     """
     torch_device = resolve_device(device)
     check_launch(fsdp=settings.fsdp, replicas=settings.replicas)
     batch_per_process(settings.batch_size)
     if settings.fsdp or launched_with_fsdp():
         check_can_shard()
+    check_memory(estimate(settings).memory, settings, torch_device)
     with run_trackers(settings.trackers, output) as trackers:
         return _train(settings, output, resume, torch_device, trackers)
 
@@ -102,7 +105,6 @@ def _train(
             f"{settings.batch_size}",
             hint="take more text, a smaller --batch-size, or one process",
         )
-    NuMuonFactory()(model, **optimizer_options(settings))  # refuses, if it does, before the folder is made
     checkpoint = newest_whole(output / CHECKPOINTS) if previous else None
     record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model)
     stop = StopWhenTerminated(saves=settings.save_every > 0)
@@ -119,6 +121,17 @@ def _train(
     _save_model(trainer, output, merge=settings.lora is not None)
     on_first(lambda: write_json(output / RUN_FILE, record))
     return record
+
+
+def estimate(settings: TrainSettings) -> Estimate:
+    """What `train` would take, from shapes alone: no text is read, nothing written, no weight made.
+
+    Raises:
+        UsageError: settings that no model or optimizer can be made of.
+        DoesNotFitError: a tensor has more numbers than torch can count.
+    """
+    model = outline_model(settings)
+    return estimate_run(model, NuMuonFactory()(model, **optimizer_options(settings)), settings)
 
 
 def stored_settings(output: Path) -> dict[str, Any]:

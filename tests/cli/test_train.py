@@ -198,7 +198,7 @@ def test_fine_tuning(
         ([], {"model_config": "13m"}, 2, 'no model config "13m"', 'did you mean "1m"?'),
         ([], {"steps": None}, 2, "give exactly one of --steps and --tokens", "--steps 1000"),
         ([], {"steps": "many"}, 2, "Invalid value for '--steps'", "lowrank train --help"),
-        ([], {"output": None}, 2, "Missing option '-o' / '--output'", "lowrank train --help"),
+        ([], {"output": None}, 2, "no output folder", "-o DIR, or --dry-run"),
         (["--optimizer", "numoun"], {}, 2, 'unknown optimizer "numoun"', 'did you mean "numuon"?'),
         (["--rank", "cosin:1"], {}, 2, 'unknown rank schedule "cosin"', 'did you mean "cosine"?'),
         (["--topk", "wram"], {}, 2, 'unknown topk "wram"', 'did you mean "warm"?'),
@@ -353,6 +353,41 @@ def test_lora_and_what_it_says_next(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["lora_roles"] == ["q", "down"]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert run(shlex.split(lines[3].split(" lowrank ")[1])) == 0
+
+
+# Before any work
+
+
+def test_a_dry_run_writes_nothing_and_reads_no_text(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    given = arguments("--dry-run", output=None, text="no/such/text")
+    assert run(given) == 0
+    lines, _ = said(capsys)
+    assert lines[-1] == "nothing written (--dry-run)"
+    assert run([*given, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema_version"] == 1
+    assert (document["steps"], document["tokens"]) == (4, 512)
+    assert f"{document['parameters']['total']:,}" in next(line for line in lines if line.startswith("parameters"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry", "real"])
+def test_a_run_that_does_not_fit(
+    dry: bool, arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.json").write_text(json.dumps(MODEL | {"hidden_size": 2**18, "intermediate_size": 2**20}))
+    before = sorted(tmp_path.rglob("*"))
+    assert run(arguments(*["--dry-run"] * dry)) == 3
+    lines, told = said(capsys)
+    # A dry run tells what is asked for all the same.
+    assert bool(lines) == dry
+    assert told.startswith("error: the run needs at least ")
+    assert "TB and cpu has " in told
+    assert "\nhint: a smaller model" in told
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # Ctrl-C and resume

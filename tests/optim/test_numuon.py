@@ -213,8 +213,8 @@ def test_a_schedule_may_be_a_function_of_progress() -> None:
 def test_batches_of_any_size_take_the_same_steps(rule: str, topk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise in a side of 64, where a subspace of 42 columns shows which random ones it began with."""
     results = []
-    for elements in (rules._BATCH_ELEMENTS, 2 * 64 * 64, 1):
-        monkeypatch.setattr(rules, "_BATCH_ELEMENTS", elements)
+    for elements in (rules.BATCH_ELEMENTS, 2 * 64 * 64, 1):
+        monkeypatch.setattr(rules, "BATCH_ELEMENTS", elements)
         params = [nn.Parameter(torch.zeros(shape)) for shape in [(64, 64), (64, 96), (64, 64), (5, 9), (64, 64)]]
         options: dict[str, Any] = {"rule": rule, "topk": topk, "rank_schedule": "fixed:0.3", "scale": "none"}
         random_steps(NuMuon(params, lr=LR, spectral_decay=0.1, **options), params, range(3))

@@ -105,9 +105,17 @@ def test_presets_have_the_size_of_their_name(name: str) -> None:
     with torch.device("meta"):
         matrices = find_matrices(AutoModelForCausalLM.from_config(config))
     numbers = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
-    assert numbers == pytest.approx(float(name.removesuffix("m")) * 1e6, rel=0.2)
+    size = name.removeprefix("qwen3-")
+    assert numbers == pytest.approx(float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]], rel=0.1)
+    assert numbers == PRESETS[name].matrix_parameters
+    assert config.model_type == ("qwen3" if name.startswith("qwen3-") else "llama")
     assert (config.vocab_size, config.max_position_embeddings, config.eos_token_id) == (512, 64, 6)
     assert config.tie_word_embeddings
+
+
+def test_the_ladders_have_the_same_rungs() -> None:
+    rungs = ["1m", "2m", "5m", "15m", "60m", "125m", "350m", "1b"]
+    assert list(PRESETS) == [*rungs, *(f"qwen3-{rung}" for rung in rungs)]
 
 
 def write(folder: Path, **settings: Any) -> str:

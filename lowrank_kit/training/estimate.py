@@ -23,6 +23,7 @@ UTILIZATION = 0.5
 # The loss holds the logits, their log-softmax and the gradient at once, in float32.
 _LOGIT_COPIES = 3
 _WIDE = 4
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 _CLASSES = {60: "seconds", 3600: "minutes", 86_400: "hours", math.inf: "days"}
 
 
@@ -184,18 +185,16 @@ def report_rows(report: Mapping[str, Any], settings: TrainSettings) -> list[dict
         "optimizer_step": "copies while it steps, estimated",
         "activations": f"of {batch}, estimated",
         "logits": f"{batch} x vocabulary, {_LOGIT_COPIES} copies in float32",
-        "least": "without which it is refused: the step's copies or activations and logits, and the rest",
-        "most": "all of it together",
+        "least": "the run is refused where there is less",
+        "most": "all parts together",
     }
     rows = [("parameters", f"{numbers['total']:,}", f"{numbers['matrices']:,} of them in matrices")]
     rows += [("tokens", f"{report['tokens']:,}", f"{report['steps']:,} steps of {settings.step_tokens:,}")]
     rows += [(f"memory: {name.replace('_', ' ')}", _size(memory[name]), how) for name, how in known.items()]
     rows += [(f"disk: {name}", _size(nbytes), _DISK[name]) for name, nbytes in report["disk"].items()]
-    rows += [(f"work: {name}", f"{flops[name] / 1e12:,.3g} TFLOP", how) for name, how in _WORK.items()]
-    speed = f"{report['product_flops_per_s'] / 1e9:,.0f} GFLOP/s in products on {report['device']}"
-    rows += [
-        ("time", _duration(report["seconds"]), f"{speed}, {UTILIZATION:.0%} of it assumed; right to a factor of 2")
-    ]
+    rows += [(f"work: {name}", _size(flops[name], "FLOP"), how) for name, how in _WORK.items()]
+    speed = f"{UTILIZATION:.0%} of {_size(report['product_flops_per_s'], 'FLOP/s')} in products here, give or take half"
+    rows += [("time", _duration(report["seconds"]), speed)]
     return [dict(zip(("what", "how much", "how"), row, strict=True)) for row in rows]
 
 
@@ -274,13 +273,12 @@ def _share(matrix: Matrix, model: PreTrainedModel) -> float:
     return config.num_experts_per_tok / experts if experts else 1.0
 
 
-def _size(nbytes: float) -> str:
+def _size(number: float, unit: str = "B") -> str:
     """1,234,567 -> "1.23 MB"."""
-    units = ("B", "kB", "MB", "GB", "TB", "PB")
-    place = min(int(math.log10(max(nbytes, 1)) // 3), len(units) - 1)
-    number = nbytes / 1000**place
+    place = min(int(math.log10(max(number, 1)) // 3), len(_PREFIXES) - 1)
+    number /= 1000**place
     decimals = max(0, 2 - math.floor(math.log10(number))) if place else 0
-    return f"{number:,.{decimals}f} {units[place]}"
+    return f"{number:,.{decimals}f} {_PREFIXES[place]}{unit}"
 
 
 def _duration(seconds: float) -> str:

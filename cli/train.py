@@ -160,11 +160,13 @@ def _dry_run(settings: TrainSettings, device: str, as_json: bool) -> None:
     from lowrank_kit.device import resolve_device
     from lowrank_kit.report.tables import text_table
     from lowrank_kit.training.estimate import check_memory, report, report_rows
+    from lowrank_kit.training.processes import is_first
     from lowrank_kit.training.run import estimate
 
     found, torch_device = estimate(settings), resolve_device(device)
-    document = report(found, torch_device, bf16=settings.bf16)
-    emit(document, f"{text_table(report_rows(document, settings))}\nnothing written (--dry-run)", as_json)
+    if is_first():
+        document = report(found, torch_device, bf16=settings.bf16)
+        emit(document, f"{text_table(report_rows(document, settings))}\nnothing written (--dry-run)", as_json)
     check_memory(found.memory, settings, torch_device)
 
 

@@ -16,6 +16,7 @@ from lowrank_kit.errors import DoesNotFitError
 from lowrank_kit.matrices import Matrix, find_matrices
 from lowrank_kit.optim.footprint import state_bytes, step_bytes, step_flops
 from lowrank_kit.optim.numuon import NuMuon
+from lowrank_kit.training.processes import num_processes
 from lowrank_kit.training.settings import TrainSettings
 
 # Share of the speed of large products that a run reaches.
@@ -76,6 +77,7 @@ class Estimate:
         parameters: numbers of matrices, of embeddings and head, and of other parameters.
         steps: optimizer steps.
         step_tokens: tokens in each.
+        processes: that share the tokens and the work.
         memory: of one process.
         flops: of a step: model (6 for each parameter that a token meets in a product, forward and backward; Kaplan et
             al., arXiv 2001.08361), attention (as PaLM, arXiv 2204.02311, appendix B, halved for the causal mask),
@@ -87,33 +89,38 @@ class Estimate:
     parameters: dict[str, int]
     steps: int
     step_tokens: int
+    processes: int
     memory: Memory
     flops: dict[str, float]
     model_bytes: int
     checkpoint_bytes: int
 
     def seconds(self, flops_per_s: float) -> float:
-        """Time of the run where large products go at `flops_per_s`; validations not counted."""
-        return self.steps * sum(self.flops.values()) / (UTILIZATION * flops_per_s)
+        """Time where large products go at `flops_per_s` in every process; no validation, nothing sent."""
+        return self.steps * sum(self.flops.values()) / (UTILIZATION * flops_per_s * self.processes)
 
 
-def estimate_run(model: PreTrainedModel, optimizer: NuMuon, settings: TrainSettings, *, shards: int = 1) -> Estimate:
+def estimate_run(
+    model: PreTrainedModel, optimizer: NuMuon, settings: TrainSettings, *, processes: int = 1, shards: int = 1
+) -> Estimate:
     """What training takes in each process.
 
     Args:
         model: may be on the meta device.
         optimizer: of its parameters.
         settings: of the run.
+        processes: of the run; without shards each holds its gradients twice, the second time in the buckets of DDP.
         shards: processes among which weights, gradients and optimizer state are divided.
     """
     matrices = find_matrices(model)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     weights = sum(p.nbytes for p in model.parameters())
     state = state_bytes(optimizer)
-    tokens = settings.batch_size * settings.block_tokens
+    tokens = settings.batch_size // processes * settings.block_tokens
+    copies = 2 if processes > shards == 1 else 1
     memory = Memory(
         weights=-(-weights // shards),
-        gradients=-(-trained // shards),
+        gradients=-(-copies * trained // shards),
         optimizer_state=-(-state // shards),
         optimizer_step=step_bytes(optimizer),
         activations=_activations(model, matrices, tokens, bf16=settings.bf16),
@@ -123,6 +130,7 @@ def estimate_run(model: PreTrainedModel, optimizer: NuMuon, settings: TrainSetti
         parameters=_parameters(model, matrices),
         steps=settings.num_steps,
         step_tokens=settings.step_tokens,
+        processes=processes,
         memory=memory,
         flops={**_model_flops(model, matrices, settings), "optimizer": step_flops(optimizer)},
         model_bytes=weights,
@@ -163,6 +171,7 @@ def report(estimate: Estimate, device: torch.device, *, bf16: bool) -> dict[str,
         "parameters": {**estimate.parameters, "total": sum(estimate.parameters.values())},
         "steps": estimate.steps,
         "tokens": estimate.steps * estimate.step_tokens,
+        "processes": estimate.processes,
         "memory": {**asdict(estimate.memory), "least": estimate.memory.least, "most": estimate.memory.most},
         "disk": {"model": estimate.model_bytes, "checkpoint": estimate.checkpoint_bytes},
         "flops": {name: estimate.steps * flops for name, flops in estimate.flops.items()},
@@ -177,7 +186,7 @@ def report(estimate: Estimate, device: torch.device, *, bf16: bool) -> dict[str,
 def report_rows(report: Mapping[str, Any], settings: TrainSettings) -> list[dict[str, str]]:
     """The same for a person: what, how much, and how it is known."""
     numbers, memory, flops = report["parameters"], report["memory"], report["flops"]
-    batch = f"{settings.batch_size} x {settings.block_tokens} tokens"
+    batch = f"{settings.batch_size // report['processes']} x {settings.block_tokens} tokens"
     known = {
         "weights": "float32",
         "gradients": "float32",
@@ -190,6 +199,8 @@ def report_rows(report: Mapping[str, Any], settings: TrainSettings) -> list[dict
     }
     rows = [("parameters", f"{numbers['total']:,}", f"{numbers['matrices']:,} of them in matrices")]
     rows += [("tokens", f"{report['tokens']:,}", f"{report['steps']:,} steps of {settings.step_tokens:,}")]
+    if report["processes"] > 1:
+        rows += [("processes", f"{report['processes']}", "each takes this memory")]
     rows += [(f"memory: {name.replace('_', ' ')}", _size(memory[name]), how) for name, how in known.items()]
     rows += [(f"disk: {name}", _size(nbytes), _DISK[name]) for name, nbytes in report["disk"].items()]
     rows += [(f"work: {name}", _size(flops[name], "FLOP"), how) for name, how in _WORK.items()]
@@ -198,7 +209,7 @@ def report_rows(report: Mapping[str, Any], settings: TrainSettings) -> list[dict
     return [dict(zip(("what", "how much", "how"), row, strict=True)) for row in rows]
 
 
-_DISK = {"model": "weights", "checkpoint": "weights and optimizer state, two kept with --save-every"}
+_DISK = {"model": "weights", "checkpoint": "weights and optimizer state, of which --keep-checkpoints stay"}
 _WORK = {
     "model": "6 x parameters in products x tokens",
     "attention": "6 x width of heads x blocks x sequence x tokens",
@@ -207,10 +218,12 @@ _WORK = {
 
 
 def _remedy(memory: Memory, settings: TrainSettings, available: int) -> str:
-    fixed = memory.certain + (memory.activations + memory.logits) // settings.batch_size
-    if settings.batch_size > 1 and max(fixed, memory.certain + memory.optimizer_step) <= available:
-        accumulate = settings.batch_size * settings.accumulate
-        return f"--batch-size 1 --accumulate {accumulate} takes the same steps in about {_size(fixed)}"
+    processes = num_processes()
+    sequences = settings.batch_size // processes
+    fixed = memory.certain + (memory.activations + memory.logits) // sequences
+    if sequences > 1 and max(fixed, memory.certain + memory.optimizer_step) <= available:
+        fewer = f"--batch-size {processes} --accumulate {sequences * settings.accumulate}"
+        return f"{fewer} takes the same steps in about {_size(fixed)}"
     smaller = "a smaller model, for example --model-config 15m; fewer --block-tokens; --optimizer adamw, muon or sgd"
     return f"{smaller}; weights, gradients and optimizer state alone take {_size(memory.certain)}"
 

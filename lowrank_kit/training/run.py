@@ -131,7 +131,10 @@ def estimate(settings: TrainSettings) -> Estimate:
         DoesNotFitError: a tensor has more numbers than torch can count.
     """
     model = outline_model(settings)
-    return estimate_run(model, NuMuonFactory()(model, **optimizer_options(settings)), settings)
+    optimizer = NuMuonFactory()(model, **optimizer_options(settings))
+    processes = num_processes()
+    shards = processes // settings.replicas if settings.fsdp or launched_with_fsdp() else 1
+    return estimate_run(model, optimizer, settings, processes=processes, shards=shards)
 
 
 def stored_settings(output: Path) -> dict[str, Any]:

@@ -80,7 +80,8 @@ class Estimate:
         processes: that share the tokens and the work.
         memory: of one process.
         flops: of a step: model (6 for each parameter that a token meets in a product, forward and backward; Kaplan et
-            al., arXiv 2001.08361), attention (as PaLM, arXiv 2204.02311, appendix B, halved for the causal mask),
+            al., arXiv 2001.08361; 4 of those frozen beside adapters, and 2 more where activations are computed
+            again), attention (as PaLM, arXiv 2204.02311, appendix B, halved for the causal mask),
             and optimizer.
         model_bytes: of the weights on disk.
         checkpoint_bytes: of a checkpoint to resume from on disk: weights and optimizer state.
@@ -108,7 +109,7 @@ def estimate_run(
     Args:
         model: may be on the meta device.
         optimizer: of its parameters.
-        settings: of the run.
+        settings: of the run; a conversation counts as a whole sequence.
         processes: of the run; without shards each holds its gradients twice, the second time in the buckets of DDP.
         shards: processes among which weights, gradients and optimizer state are divided.
     """
@@ -123,7 +124,7 @@ def estimate_run(
         gradients=-(-copies * trained // shards),
         optimizer_state=-(-state // shards),
         optimizer_step=step_bytes(optimizer),
-        activations=_activations(model, matrices, tokens, bf16=settings.bf16),
+        activations=_activations(model, matrices, tokens, settings),
         logits=_LOGIT_COPIES * _WIDE * tokens * _vocabulary(model),
     )
     return Estimate(
@@ -211,8 +212,8 @@ def report_rows(report: Mapping[str, Any], settings: TrainSettings) -> list[dict
 
 _DISK = {"model": "weights", "checkpoint": "weights and optimizer state, of which --keep-checkpoints stay"}
 _WORK = {
-    "model": "6 x parameters in products x tokens",
-    "attention": "6 x width of heads x blocks x sequence x tokens",
+    "model": "parameters in products x tokens, forward and backward",
+    "attention": "width of heads x blocks x sequence x tokens",
     "optimizer": "products and factorizations of matrices",
 }
 
@@ -224,7 +225,7 @@ def _remedy(memory: Memory, settings: TrainSettings, available: int) -> str:
     if sequences > 1 and max(fixed, memory.certain + memory.optimizer_step) <= available:
         fewer = f"--batch-size {processes} --accumulate {sequences * settings.accumulate}"
         return f"{fewer} takes the same steps in about {_size(fixed)}"
-    smaller = "a smaller model, for example --model-config 15m; fewer --block-tokens; --optimizer adamw, muon or sgd"
+    smaller = "a smaller model, for example --model-config 15m; fewer --block-tokens; --checkpoint-activations"
     return f"{smaller}; weights, gradients and optimizer state alone take {_size(memory.certain)}"
 
 
@@ -240,19 +241,20 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _activations(model: PreTrainedModel, matrices: list[Matrix], tokens: int, *, bf16: bool) -> int:
+def _activations(model: PreTrainedModel, matrices: list[Matrix], tokens: int, settings: TrainSettings) -> int:
     """Bytes that blocks like Llama's keep for the backward pass.
 
     For each token: the input of every matrix, once where matrices share it; every output, which an activation function,
     a product, attention or the norm after it keeps; the normalized stream before each branch; the activation of the
     gate; q and k before and after a norm of their own. Attention that does not keep its weights (SDPA) is taken for
     granted. Under bf16 the residual stream and norms stay float32, the rest is half as wide, every matrix makes a
-    bfloat16 copy of its input for itself, and the matrices are there in bfloat16 too.
+    bfloat16 copy of its input for itself, and the matrices are there in bfloat16 too. Under checkpoint_activations it
+    is the input of each block, and all of one block.
 
     Source: counted as in Korthikanti et al. (arXiv 2205.05198), section 4.1, for the operations of transformers'
     Llama; within 5 % of what autograd keeps for Llama and Qwen3; GPT-2, with dropout, keeps 1.7 times this.
     """
-    narrow = 2 if bf16 else _WIDE
+    bf16, narrow = settings.bf16, 2 if settings.bf16 else _WIDE
     own_norm = any(name.endswith("q_norm") for name, _ in model.named_modules())
     inputs: dict[str, float] = {}
     outputs = 0.0
@@ -264,17 +266,23 @@ def _activations(model: PreTrainedModel, matrices: list[Matrix], tokens: int, *,
         outputs += share * rows * (_WIDE + narrow) if own_norm and matrix.role in ("q", "k") else 0
         outputs += share * columns * narrow if matrix.role == "down" else 0
     head = model.get_input_embeddings().weight
-    last = 3 * _WIDE * head.shape[1]
+    width = _WIDE * head.shape[1]
+    kept = sum(inputs.values()) + outputs
+    if settings.checkpoint_activations:
+        blocks = len({matrix.block for matrix in matrices})
+        kept = kept / blocks + blocks * width
     copies = narrow * (head.numel() + sum(math.prod(m.shape) for m in matrices)) if bf16 else 0
-    return round(tokens * (sum(inputs.values()) + outputs + last)) + copies
+    return round(tokens * (kept + 3 * width)) + copies
 
 
 def _model_flops(model: PreTrainedModel, matrices: list[Matrix], settings: TrainSettings) -> dict[str, float]:
     met = sum(_share(matrix, model) * math.prod(matrix.shape) for matrix in matrices)
     head = math.prod(model.get_input_embeddings().weight.shape)
     heads = sum(matrix.shape[1] for matrix in matrices if matrix.role == "o")
-    tokens = settings.step_tokens
-    return {"model": 6.0 * (met + head) * tokens, "attention": 6.0 * heads * settings.block_tokens * tokens}
+    tokens, again = settings.step_tokens, settings.checkpoint_activations
+    each = (6.0 if settings.lora is None else 4.0) + 2.0 * again
+    attention = 6.0 + 2.0 * again
+    return {"model": each * (met + head) * tokens, "attention": attention * heads * settings.block_tokens * tokens}
 
 
 def _share(matrix: Matrix, model: PreTrainedModel) -> float:

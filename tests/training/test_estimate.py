@@ -130,6 +130,29 @@ def test_a_launch_says_how_many_processes_and_shards_there_are(
     assert found.memory.weights == -(-found.model_bytes // shards)
 
 
+def test_activations_that_are_computed_again_are_not_kept(settings_for: Make) -> None:
+    kept, again = (estimate(settings_for(model_config="5m", checkpoint_activations=on)) for on in (False, True))
+    shape, tokens = PRESETS["5m"], 2 * 32
+    ends = 3 * shape.width  # of the last norm and the head
+    blocks = kept.memory.activations / (4 * tokens) - ends
+    expected = blocks / shape.blocks + shape.blocks * shape.width + ends
+    assert again.memory.activations == pytest.approx(4 * tokens * expected)
+    assert again.flops["model"] == kept.flops["model"] * 8 / 6
+    assert dataclasses.replace(again.memory, activations=kept.memory.activations) == kept.memory
+
+
+def test_adapters_are_all_that_has_gradients_and_state(tiny_llama_folder: Path) -> None:
+    whole = estimate(TrainSettings(model=str(tiny_llama_folder), steps=1))
+    adapted = estimate(TrainSettings(model=str(tiny_llama_folder), steps=1, lora=2))
+    adapters = adapted.parameters["other"] - whole.parameters["other"]
+    assert adapters > 0
+    assert adapted.memory.weights == whole.memory.weights + 4 * adapters
+    assert adapted.memory.gradients == 4 * adapters
+    # AdamW's two averages, and a count of steps for each tensor.
+    assert 0 < adapted.memory.optimizer_state - 8 * adapters < 4 * 100
+    assert adapted.flops["model"] == pytest.approx(whole.flops["model"] * 4 / 6)
+
+
 # Refusals
 
 MEMORY = Memory(

@@ -56,7 +56,8 @@ class NuMuon(torch.optim.Optimizer):
         betas, eps: of adamw.
         distribution: how a matrix that is spread over processes, a DTensor as FSDP2 makes it, is stepped: owner, one
             process gets it whole, by one all-to-all for all matrices of a shape, and spreads the step; sharded, of
-            `warm`, nobody gets it; gather, everybody does; auto, sharded where that sends less than owner.
+            `warm`, nobody gets it; gather, everybody does; auto, sharded where that sends less than owner. Spectral
+            decay takes owners, or gathers, whatever the step does.
         process_group: processes that hold the same parameters, as under DDP, and are to share the work of the matrix
             rules. None: each does all of it, and nothing is sent.
 

@@ -175,19 +175,18 @@ def _text(record: dict[str, Any], output: Path) -> str:
 
     loss, settings = record["validation_loss"], record["settings"]
     perplexity = math.exp(loss) if loss < 700 else math.inf  # a float64 ends at exp(709)
-    # Conversations are no text to calibrate on.
-    answers = record["corpus"].get("train_answer_tokens")
+    answer = "answer " if "train_answer_tokens" in record["corpus"] else ""
     share = record["matrix_parameters"] / record["parameters"]
     adapters = f"{record['adapter_parameters']:,} parameters of adapters beside " if settings["lora"] else ""
     # On the same text, in blocks that the model has the context for.
-    text = "" if settings["text"] is None or answers else f" --text {shlex.quote(settings['text'])}"
+    text = "" if settings["text"] is None else f" --text {shlex.quote(settings['text'])}"
     folder, half = shlex.quote(str(output)), shlex.quote(f"{output}-half")
     options = f"--keep 0.5{text} --block-tokens {settings['block_tokens']}"
     return "\n".join(
         [
             f"trained {adapters}{record['parameters']:,} parameters, {share:.0%} of them in matrices, "
             f"for {record['step']} steps of {record['step_tokens']:,} tokens",
-            f"validation loss {loss:.4f} nats per {'answer ' if answers else ''}token, perplexity {perplexity:.2f}",
+            f"validation loss {loss:.4f} nats per {answer}token, perplexity {perplexity:.2f}",
             f"wrote {output}",
             f"next: lowrank compress {folder} {options} -o {half}",
         ]

@@ -22,8 +22,8 @@ from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan, PlannedMatrix, factor_names, make_plan, output_name
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import input_grams
+from lowrank_kit.data.answers import load_text
 from lowrank_kit.data.blocks import TokenBlocks, token_blocks
-from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.device import resolve_device, resolve_dtype
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.report.environment import environment
@@ -116,10 +116,11 @@ def calibrate(
         LowRankError: NaN or Inf in an activation.
     """
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    corpus = load_corpus(settings.text, max_bytes=settings.max_bytes)
+    tokenizer = load_tokenizer(checkpoint.path)
+    corpus = load_text(settings.text, tokenizer, max_bytes=settings.max_bytes)
     blocks = token_blocks(
         corpus.train,
-        load_tokenizer(checkpoint.path),
+        tokenizer,
         settings.block_tokens,
         max_blocks=settings.calibration_blocks,
         seed=settings.seed,

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lowrank_kit.data.chat import ANSWERING
+from lowrank_kit.data.chat import ANSWERING, is_chat, load_chat
+from lowrank_kit.data.corpus import Corpus, load_corpus
 from lowrank_kit.data.sources import Document
 from lowrank_kit.errors import UsageError
 
@@ -120,6 +121,24 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         logger.info("the tokenizer has no chat template: a plain one is taken, and saved with the model")
         tokenizer.chat_template = DEFAULT_TEMPLATE
     return tokenizer
+
+
+def load_text(source: str | None, tokenizer: PreTrainedTokenizerBase, *, max_bytes: int | None = None) -> Corpus:
+    """`load_corpus`; of conversations, what the chat template makes of each.
+
+    Raises:
+        UsageError: as `load_corpus`, or a conversation the template refuses.
+        LowRankError: the source is damaged, or a row is no conversation.
+    """
+    if source is None or not is_chat(source):
+        return load_corpus(source, max_bytes=max_bytes)
+    found = load_chat(source, max_bytes=max_bytes)
+    tokenizer = with_chat_template(tokenizer)
+    train, heldout = (
+        tuple(Document(document.name, _rendered(document, tokenizer)[0]) for document in side)
+        for side in (found.train, found.heldout)
+    )
+    return Corpus(source, train, heldout, found.sha256)
 
 
 def answer_tokens(

@@ -330,7 +330,7 @@ def _checked_document(name: str, text: object) -> Document:
     if not isinstance(text, str):
         raise LowRankError(
             f'{name}: no string in the field "{TEXT_FIELD}"',
-            hint=f'each row is an object {{"{TEXT_FIELD}": "..."}}; conversations are for lowrank train',
+            hint=f'each row is an object {{"{TEXT_FIELD}": "..."}}; conversations are for lowrank train and compress',
         )
     # JSON can spell half a surrogate pair, which no UTF-8 text holds: it becomes "?".
     return Document(name, text.encode(errors="replace").decode())

@@ -77,6 +77,8 @@ def train(settings: TrainSettings, output: Path, *, resume: bool = False, device
     batch_per_process(settings.batch_size)
     if settings.fsdp or launched_with_fsdp():
         check_can_shard()
+        if settings.lora is not None:
+            raise UsageError("adapters are not sharded", hint="launch without FSDP, or leave out --lora")
     check_memory(estimate(settings).memory, settings, torch_device)
     with run_trackers(settings.trackers, output) as trackers:
         return _train(settings, output, resume, torch_device, trackers)

@@ -169,6 +169,10 @@ class TrainSettings:
             raise UsageError(
                 "--lora fine-tunes a MODEL: adapters beside random weights learn little", hint="leave out --lora"
             )
+        if self.lora is not None and self.spectra_every:
+            raise UsageError(
+                "--spectra-every measures the matrices, which --lora leaves as they are", hint="leave out one of them"
+            )
         if self.lora is not None and self.fsdp:
             raise UsageError("adapters are not sharded: --lora and --fsdp do not go together", hint="leave out --fsdp")
         if (self.steps is None) == (self.tokens is None):

@@ -333,8 +333,7 @@ def test_fine_tuning_on_conversations(
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert lines[0].endswith(f"for 4 steps of {record['step_tokens']} tokens")
     assert " nats per answer token, perplexity " in lines[1]
-    # Calibrated on text: conversations are none.
-    assert "--text" not in lines[3]
+    assert run(shlex.split(lines[3].split(" lowrank ")[1])) == 0
     rows.append({"messages": [{"role": "user", "content": "?"}]})
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run([*tune, "--output", str(tmp_path / "other")]) == 1

@@ -98,8 +98,10 @@ def apply_whole(
         Like X.
     """
     like, memory = params[0], memory or {}
-    form, *memory_forms = _forms(like, list(memory.values()), processes)
     exchange = _exchange(params, indices, group, processes)
+    if exchange is None and not isinstance(like, DTensor):
+        return compute(X, states, indices)
+    form, *memory_forms = _forms(like, list(memory.values()), processes)
     kept = [
         [_placed(state[key], to.placements, processes) for key, to in zip(memory, memory_forms, strict=True)]
         for state in states

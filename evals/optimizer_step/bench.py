@@ -40,7 +40,7 @@ from lowrank_kit.report.tables import markdown_table
 HERE = Path(__file__).parent
 FRACTIONS = (0.05, 0.25, 0.5)
 SHAPES = {
-    "cpu": [(768, 768), (1024, 1024), (768, 2304), (1024, 3072), (2048, 2048)],
+    "cpu": [(768, 768), (1024, 1024), (768, 2304), (1024, 3072), (2048, 2048), (2048, 6144)],
     "cuda": [(1024, 1024), (2048, 2048), (4096, 4096), (1024, 3072), (4096, 12288)],
 }
 # The goals of this benchmark: time of warm over one Newton-Schulz-5 of the same matrix.

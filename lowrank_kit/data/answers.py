@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lowrank_kit.data.blocks import IGNORED
 from lowrank_kit.data.chat import ANSWERING, is_chat, load_chat
 from lowrank_kit.data.corpus import Corpus, load_corpus
 from lowrank_kit.data.sources import Document
@@ -27,8 +28,6 @@ from lowrank_kit.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-# What a label is that no loss is taken of: PyTorch's, transformers' and Trainer's.
-IGNORED = -100
 # For a tokenizer without a chat template, as that of a base model: no token that a vocabulary would have to hold.
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}

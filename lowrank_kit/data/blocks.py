@@ -20,8 +20,8 @@ from lowrank_kit.errors import UsageError, did_you_mean
 _DOCUMENTS_PER_BATCH = 256
 _CHARACTERS_PER_BATCH = 1_000_000
 PACKINGS = ("blocks", "documents")
-# What the loss of transformers' models leaves out.
-_NO_LABEL = -100
+# What a label is that no loss is taken of: PyTorch's, transformers' and Trainer's.
+IGNORED = -100
 
 Text = TypeVar("Text", bound=Document)
 
@@ -71,7 +71,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         if self.document_starts is not None:
             starts = self._starts_in(index)
             item["position_ids"] = _positions(starts, len(ids))
-            item["labels"][starts] = _NO_LABEL
+            item["labels"][starts] = IGNORED
         return item
 
     def _starts_in(self, index: int) -> Tensor:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_kit.data.corpus import Corpus, split_documents
-from lowrank_kit.data.sources import HUB_PREFIX, STDLIB, TEXT_FIELD, Document, file_type, jsonl_rows, open_hub
+from lowrank_kit.data.sources import (
+    HUB_PREFIX,
+    STDLIB,
+    TEXT_FIELD,
+    Document,
+    file_type,
+    jsonl_rows,
+    open_hub,
+    parquet_rows,
+)
 from lowrank_kit.errors import LowRankError
 
 ANSWERING = "assistant"
@@ -79,22 +88,7 @@ def _rows(source: str | None) -> Iterator[tuple[str, Any]]:
                 case ".jsonl", _:
                     yield from jsonl_rows(file, name)
                 case ".parquet", "":
-                    yield from _parquet_rows(file, name)
-
-
-def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    # Imported here: only this kind of file needs it.
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
-            yield from ((f"{name}:{number}", row) for number, row in enumerate(rows, start=1))
-    except (ArrowException, OSError) as error:
-        raise LowRankError(
-            f"{path} could not be read: {error}", hint="is the file complete, and yours to read?"
-        ) from error
+                    yield from ((f"{name}:{number}", row) for number, row in enumerate(parquet_rows(file), start=1))
 
 
 def _form(row: dict[str, Any]) -> tuple[str, ...] | None:

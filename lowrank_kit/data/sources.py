@@ -248,6 +248,17 @@ def _bad_line(path: Path, number: int, line: bytes, error: json.JSONDecodeError)
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Document]:
+    for number, row in enumerate(parquet_rows(path, TEXT_FIELD)):
+        yield _checked_document(f"{name}:{number}", row[TEXT_FIELD])
+
+
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet file, with all columns or with one.
+
+    Raises:
+        UsageError: it has no such column.
+        LowRankError: the file is damaged.
+    """
     # Imported here: only this kind of file needs it.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -255,14 +266,13 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
     with _opened(path) as file:
         try:
             table = ParquetFile(file)
-            if TEXT_FIELD not in table.schema_arrow.names:
+            if column is not None and column not in table.schema_arrow.names:
                 raise UsageError(
-                    f'{path} has no column "{TEXT_FIELD}"; its columns: {", ".join(table.schema_arrow.names)}',
-                    hint=f'name the column to read "{TEXT_FIELD}"',
+                    f'{path} has no column "{column}"; its columns: {", ".join(table.schema_arrow.names)}',
+                    hint=f'name the column to read "{column}"',
                 )
-            batches = table.iter_batches(_PARQUET_ROWS_PER_BATCH, columns=[TEXT_FIELD])
-            for row, text in enumerate(text for batch in batches for text in batch.column(0).to_pylist()):
-                yield _checked_document(f"{name}:{row}", text)
+            for batch in table.iter_batches(_PARQUET_ROWS_PER_BATCH, columns=None if column is None else [column]):
+                yield from batch.to_pylist()
         except ArrowException as error:
             raise OSError(str(error)) from error  # said as of any other file
 

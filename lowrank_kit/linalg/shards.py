@@ -19,7 +19,7 @@ class Shards:
     Every process has to call the same functions in the same order, and gets the same bits back.
 
     Args:
-        sum: of a tensor over the processes.
+        sum: of a tensor over the processes; it and `max` may write into the tensor.
         max: elementwise, over the processes.
         stack: tensors [..., a, b] of the processes, one below the other: [..., W a, b].
         index: place of this process among the W.

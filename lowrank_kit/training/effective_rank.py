@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowrank_kit.errors import NonFiniteError
 from lowrank_kit.linalg.spectrum import effective_rank, singular_values_of_gram, stable_rank
@@ -64,7 +64,7 @@ def plan_ranks(matrices: Sequence[Matrix], step_flops: float, every: int, device
     )
 
 
-def training_flops(model: nn.Module, matrices: Sequence[Matrix], tokens: int) -> float:
+def training_flops(model: PreTrainedModel, matrices: Sequence[Matrix], tokens: int) -> float:
     """Floating point operations of a training step in the matrices: 6 for each number that a token meets.
 
     Args:
@@ -72,13 +72,16 @@ def training_flops(model: nn.Module, matrices: Sequence[Matrix], tokens: int) ->
         matrices: of the model.
         tokens: in a step.
     """
-    config = getattr(model, "config", None)
-    met = getattr(config and config.get_text_config(), "num_experts_per_tok", None)
-    experts: dict[str, int] = {}
-    for matrix in matrices:
-        experts[matrix.parameter] = experts.get(matrix.parameter, 0) + 1
-    shares = [min(met / experts[m.parameter], 1.0) if met and m.expert is not None else 1.0 for m in matrices]
-    return 6.0 * tokens * sum(math.prod(m.shape) * share for m, share in zip(matrices, shares, strict=True))
+    return 6.0 * tokens * sum(math.prod(matrix.shape) * token_share(model, matrix) for matrix in matrices)
+
+
+def token_share(model: PreTrainedModel, matrix: Matrix) -> float:
+    """Share of the tokens that a matrix of a model sees: all, or those of an expert."""
+    if matrix.expert is None:
+        return 1.0
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return config.num_experts_per_tok / experts if experts else 1.0
 
 
 @torch.no_grad()

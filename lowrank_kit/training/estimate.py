@@ -16,6 +16,7 @@ from lowrank_kit.errors import DoesNotFitError
 from lowrank_kit.matrices import Matrix, find_matrices
 from lowrank_kit.optim.footprint import state_bytes, step_bytes, step_flops
 from lowrank_kit.optim.numuon import NuMuon
+from lowrank_kit.training.effective_rank import token_share
 from lowrank_kit.training.processes import num_processes
 from lowrank_kit.training.settings import TrainSettings
 
@@ -259,7 +260,7 @@ def _activations(model: PreTrainedModel, matrices: list[Matrix], tokens: int, se
     inputs: dict[str, float] = {}
     outputs = 0.0
     for matrix in matrices:
-        share, (rows, columns) = _share(matrix, model), matrix.shape
+        share, (rows, columns) = token_share(model, matrix), matrix.shape
         inputs[matrix.name if bf16 else matrix.shares_input] = share * narrow * columns
         # Added to the residual stream, which the next norm keeps, and again normalized.
         outputs += share * rows * (2 * _WIDE if matrix.ends_branch else narrow)
@@ -276,22 +277,13 @@ def _activations(model: PreTrainedModel, matrices: list[Matrix], tokens: int, se
 
 
 def _model_flops(model: PreTrainedModel, matrices: list[Matrix], settings: TrainSettings) -> dict[str, float]:
-    met = sum(_share(matrix, model) * math.prod(matrix.shape) for matrix in matrices)
+    met = sum(token_share(model, matrix) * math.prod(matrix.shape) for matrix in matrices)
     head = math.prod(model.get_input_embeddings().weight.shape)
     heads = sum(matrix.shape[1] for matrix in matrices if matrix.role == "o")
     tokens, again = settings.step_tokens, settings.checkpoint_activations
     each = (6.0 if settings.lora is None else 4.0) + 2.0 * again
     attention = 6.0 + 2.0 * again
     return {"model": each * (met + head) * tokens, "attention": attention * heads * settings.block_tokens * tokens}
-
-
-def _share(matrix: Matrix, model: PreTrainedModel) -> float:
-    """Share of the tokens that a matrix sees: all, or those of an expert."""
-    if matrix.expert is None:
-        return 1.0
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    return config.num_experts_per_tok / experts if experts else 1.0
 
 
 def _size(number: float, unit: str = "B") -> str:

@@ -50,6 +50,25 @@ def make_trainer(
         trackers: callbacks that are to see the figures of the log.
         first: whether it starts, and does not resume.
     """
+    args = _arguments(settings, output, data, model, device, first=first)
+    step_tokens = data.step_tokens(settings)
+    log = ProgressLog(output / LOG_FILE, step_tokens)
+    ranks = [EffectiveRanks(settings.spectra_every, step_tokens // num_processes())] if settings.spectra_every else []
+    trainer = (AnswerTrainer if isinstance(data.train, AnswerTokens) else RunTrainer)(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        optimizer_cls_and_kwargs=(NuMuonFactory, optimizer_options(settings) | {"process_group": replicas()}),
+        callbacks=[*ranks, log, *trackers],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, log
+
+
+def _arguments(
+    settings: TrainSettings, output: Path, data: RunData, model: PreTrainedModel, device: torch.device, *, first: bool
+) -> RunArguments:
     num_steps = settings.num_steps
     batch = batch_per_process(settings.batch_size)
     args = RunArguments(
@@ -90,19 +109,7 @@ def make_trainer(
         run_settings=to_dict(settings),
     )
     args._n_gpu = min(args.n_gpu, 1)  # a process has one device: the Trainer would take all it sees
-    step_tokens = data.step_tokens(settings)
-    log = ProgressLog(output / LOG_FILE, step_tokens)
-    ranks = [EffectiveRanks(settings.spectra_every, step_tokens // num_processes())] if settings.spectra_every else []
-    trainer = (AnswerTrainer if isinstance(data.train, AnswerTokens) else RunTrainer)(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.heldout,
-        optimizer_cls_and_kwargs=(NuMuonFactory, optimizer_options(settings) | {"process_group": replicas()}),
-        callbacks=[*ranks, log, *trackers],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer, log
+    return args
 
 
 def optimizer_options(settings: TrainSettings) -> dict[str, Any]:

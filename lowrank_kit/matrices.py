@@ -132,6 +132,14 @@ def block_of(path: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def block_path(path: str) -> str:
+    """Path of the block that a module lies in: up to the first whole number of its path."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
+    if match is None:
+        raise ValueError(f"{path} lies in no block")
+    return match.group()
+
+
 def input_key(owner: str, role: str, name: str) -> str:
     """Key of the input a matrix reads: q, k, v of one attention share theirs, gate and up of one MLP theirs."""
     if role in ATTENTION_INPUTS:

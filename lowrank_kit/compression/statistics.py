@@ -1,25 +1,29 @@
-"""What the inputs of the matrices look like on real text: one Gram for each input that is read.
+"""What the matrices meet on real text: one Gram for each input that is read, one for the gradient of each output.
 
-Shape legend: I in, N tokens of a batch.
+Shape legend: B sequences, T tokens of one, V vocabulary, I in, O out, N tokens of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.errors import LowRankError
+from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored
 from lowrank_kit.matrices import Matrix
+
+_MORE_TEXT = "more text: --calibration-blocks; or --objective plain, which needs none"
 
 
 def input_grams(
-    model: nn.Module, matrices: Iterable[Matrix], blocks: TokenBlocks, *, batch_size: int = 8
+    model: PreTrainedModel, matrices: Iterable[Matrix], blocks: TokenBlocks, *, batch_size: int = 8
 ) -> dict[str, Tensor]:
     """Gram H = sum over tokens of x x^T of every input that a matrix reads.
 
@@ -39,51 +43,140 @@ def input_grams(
     """
     readers = {matrix.shares_input: matrix.name for matrix in matrices}
     grams: dict[str, Tensor] = {}
-    device = next(model.parameters()).device
-    ids = blocks.ids
-    with _hooks(model, readers, grams), torch.inference_mode():
-        for start in tqdm(range(0, len(ids), batch_size), desc="calibration", unit="batch", disable=None):
-            batch = ids[start : start + batch_size].to(device=device, dtype=torch.int64)
-            model(input_ids=batch, use_cache=False)
+    hooks = {name: adder(grams, key, f"the input of {name}") for key, name in readers.items()}
+    with reading(model, hooks), torch.inference_mode():
+        for ids in _batches(model, blocks, batch_size, "calibration"):
+            model.base_model(input_ids=ids, use_cache=False)  # without the head
     unread = [name for key, name in readers.items() if key not in grams]
     if unread:
         raise LowRankError(
             f"the calibration text reached {len(readers) - len(unread)} of {len(readers)} inputs, not {unread[0]}",
-            hint="more text: --calibration-blocks; or --objective plain, which needs none",
+            hint=_MORE_TEXT,
         )
-    return {key: gram.cpu() for key, gram in grams.items()}
+    return {key: mirrored(gram).cpu() for key, gram in grams.items()}
+
+
+def output_grams(
+    model: PreTrainedModel, matrices: Iterable[Matrix], blocks: TokenBlocks, *, batch_size: int = 8, seed: int = 0
+) -> dict[str, Tensor]:
+    """Gram G = sum over tokens of g g^T, g the gradient of the loss by the output of a matrix at a token.
+
+    The loss is that of tokens drawn from the model's own predictions, so that G / tokens is the Fisher information's
+    block and 1/2 tr(G dW H dW^T) / tokens^2 what a change dW adds to the loss per token, in nats (K-FAC). One forward
+    and one backward pass, the latter for activations alone.
+
+    Args:
+        model, matrices, blocks, batch_size: as in `input_grams`.
+        seed: of the drawn tokens.
+
+    Returns:
+        `Matrix.name` -> [O, O] float64 on the CPU.
+
+    Raises:
+        LowRankError: NaN or Inf in a gradient, or none at all, with the matrix named.
+    """
+    names = [matrix.name for matrix in matrices]
+    grams: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    with _gradients_of(model, {name: adder(grams, name, f"the gradient of {name}") for name in names}):
+        for ids in _batches(model, blocks, batch_size, "curvature"):
+            logits_BTV = model(input_ids=ids, use_cache=False).logits
+            log_p_NV = logits_BTV.flatten(0, 1).float().log_softmax(-1)
+            drawn_N = torch.multinomial(log_p_NV.detach().exp().cpu(), 1, generator=generator).to(log_p_NV.device)
+            log_p_NV.gather(1, drawn_N).sum().neg().backward()
+    missing = [name for name in names if name not in grams]
+    if missing:
+        raise LowRankError(
+            f"no gradient reached {len(missing)} of {len(names)} matrices, first {missing[0]}", hint=_MORE_TEXT
+        )
+    return {name: mirrored(gram).cpu() for name, gram in grams.items()}
 
 
 @contextmanager
-def _hooks(model: nn.Module, readers: dict[str, str], grams: dict[str, Tensor]) -> Iterator[None]:
-    """Add the inputs of the named modules to `grams`; model and training mode are as before afterwards."""
+def reading(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, each hook is given what the module of its name reads; the model is in evaluation mode.
+
+    Model and training mode are as before afterwards.
+    """
     with ExitStack() as stack:
-        for key, name in readers.items():
-            handle = model.get_submodule(name).register_forward_pre_hook(_adder(grams, key, name))
+        for name, hook in hooks.items():
+            handle = model.get_submodule(name).register_forward_pre_hook(_first_argument(hook))
             stack.callback(handle.remove)
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            yield
-        finally:
-            # Not module.train(), which would set the children too.
-            for module in training:
-                module.training = True
+        stack.enter_context(in_evaluation(model))
+        yield
 
 
-def _adder(grams: dict[str, Tensor], key: str, name: str) -> Any:
-    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_NI = args[0].reshape(-1, args[0].shape[-1])
-        x_NI = x_NI.float() if x_NI.dtype in (torch.float16, torch.bfloat16) else x_NI
-        product = x_NI.mT @ x_NI
-        # Not finite where an activation is not, nor where the square of one is too large.
-        if not product.isfinite().all():
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own training flag is put back at the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Not module.train(), which would set the children too.
+        for module in training:
+            module.training = True
+
+
+def adder(grams: dict[str, Tensor], key: str, what: str) -> Callable[[Tensor], None]:
+    """Adds the Gram of what it is given, [..., I], to `grams[key]`, of which the upper triangle is kept.
+
+    Raises:
+        LowRankError: NaN or Inf; `what` says of what.
+    """
+
+    def add(x: Tensor) -> None:
+        x_NI = at_least_float32(x.reshape(-1, x.shape[-1]))
+        if key not in grams:
+            dtype = torch.float64 if x.device.type != "mps" else torch.float32
+            grams[key] = torch.zeros(x_NI.shape[1], x_NI.shape[1], dtype=dtype, device=x.device)
+        total = add_gram_(grams[key], x_NI)
+        # Not finite where a number is not, nor where the square of one is too large.
+        if not total.diagonal().isfinite().all():
             raise LowRankError(
-                f"NaN or Inf in the input of {name}: {int((~x_NI.isfinite()).sum())} of {x_NI.numel()} activations, "
+                f"NaN or Inf in {what}: {int((~x_NI.isfinite()).sum())} of {x_NI.numel()} activations, "
                 f"the others up to {x_NI.nan_to_num(0, 0, 0).abs().max():.3g}",
                 hint="try --dtype float32; if the dense model itself gives NaN on this text, it is broken",
             )
-        product = product.to(torch.float64 if product.device.type != "mps" else torch.float32)
-        grams[key] = grams[key].add_(product) if key in grams else product
 
     return add
+
+
+def _first_argument(hook: Callable[[Tensor], None]) -> Any:
+    return lambda module, args: hook(args[0])
+
+
+@contextmanager
+def _gradients_of(model: PreTrainedModel, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, a backward pass gives each hook the gradient by the output of the module of its name, and no other."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            stack.callback(model.get_submodule(name).register_forward_hook(_by_output(hook)).remove)
+        stack.callback(model.get_input_embeddings().register_forward_hook(_start_of_graph).remove)
+        stack.enter_context(in_evaluation(model))
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+
+def _by_output(hook: Callable[[Tensor], None]) -> Any:
+    def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(hook)
+
+    return watch
+
+
+def _start_of_graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    # Not a parameter: its gradient would be another product and as much memory as the embeddings.
+    return output.detach().requires_grad_(True)
+
+
+def _batches(model: PreTrainedModel, blocks: TokenBlocks, batch_size: int, desc: str) -> Iterator[Tensor]:
+    """int64 [B, T] on the model's device."""
+    for start in tqdm(range(0, len(blocks), batch_size), desc=desc, unit="batch", disable=None):
+        yield blocks.ids[start : start + batch_size].to(device=model.device, dtype=torch.int64)

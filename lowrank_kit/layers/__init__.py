@@ -2,3 +2,5 @@
 
 from lowrank_kit.layers.linear import LowRankLinear as LowRankLinear
 from lowrank_kit.layers.surgery import exchange_linear as exchange_linear
+
+LOW_RANK_LAYERS = (LowRankLinear,)

@@ -19,7 +19,7 @@ class Factors:
     """W ~ B A, directions in order of importance, so that a lower rank is a prefix.
 
     Args:
-        B: [O, R], orthonormal columns.
+        B: [O, R], orthonormal columns unless said otherwise.
         A: [R, I].
         singular_values: [S] of the weighted matrix, descending: the weighted error of rank r is the root of
             the sum of squares from r on.
@@ -74,8 +74,9 @@ def truncated_svd(W_OI: Tensor) -> Factors:
 def whitened_svd(W_OI: Tensor, gram_II: Tensor) -> Factors:
     """All nested factors that minimize the output error |(W - B A) X|_F, given the Gram H = X X^T.
 
-    With W H W^T = U S^2 U^T the optimum is B = U_r, A = U_r^T W: nothing is inverted, so a singular H is no trouble.
-    Work is on the small side: for O <= I the eigenvectors of W H W^T, else the left singular vectors of W H^{1/2}.
+    The optimum is B = U_r, A = U_r^T W with the left singular vectors U of W H^{1/2}: nothing is inverted, so a
+    singular H is no trouble. One symmetric eigendecomposition of the small side: of W H W^T for O <= I, else of
+    R^T W^T W R with H = R R^T, whose eigenvectors V give U as the orthonormal basis of W R V.
     Full rank gives W back, also for inputs that the Gram has not seen.
 
     Args:
@@ -83,23 +84,130 @@ def whitened_svd(W_OI: Tensor, gram_II: Tensor) -> Factors:
         gram_II: [I, I] sum over tokens of x x^T, symmetric positive semidefinite; any positive scale.
 
     Returns:
-        Factors of full rank S in the working dtype; singular_values are those of W H^{1/2}.
+        Factors of full rank S in the working dtype; singular_values are those of W H^{1/2}. What is below the root
+        of the dtype's rounding, relative to the largest, is noise of that size.
 
     Source: SVD-LLM (arXiv 2403.07378) in the form of Swift-SVD (arXiv 2604.01609, eigenvectors of the output
     covariance).
     """
     num_out, num_in = W_OI.shape
-    # The side that is decomposed: O of W H W^T for a wide matrix, I of H for a tall one.
     dtype = working_dtype(min(num_out, num_in), W_OI.device)
     W_OI, gram_II = W_OI.to(dtype), gram_II.to(dtype)
     if num_out <= num_in:
         energies, U = torch.linalg.eigh(W_OI @ gram_II @ W_OI.mT)
-        s_S = energies.clamp(min=0).sqrt().flip(0)
         U_OS = U.flip(1)
     else:
-        eigenvalues, Q = torch.linalg.eigh(gram_II)
-        # Never below the rounding of eigh: what W does to unseen inputs comes last, but it is among the directions.
-        floor = torch.finfo(dtype).eps * num_in * eigenvalues[-1].clamp(min=0)
-        root = Q * eigenvalues.clamp(min=floor).sqrt()
-        U_OS, s_S, _ = torch.linalg.svd(W_OI @ root, full_matrices=False)
+        root_II = _root(gram_II)
+        energies, V = torch.linalg.eigh(root_II.mT @ (W_OI.mT @ W_OI) @ root_II)
+        # Householder's: columns of no length still get directions of their own, and a prefix spans a prefix.
+        U_OS, _ = torch.linalg.qr(W_OI @ (root_II @ V.flip(1)))
+    return Factors(U_OS, U_OS.mT @ W_OI, energies.clamp(min=0).sqrt().flip(0))
+
+
+def scaled_svd(W_OI: Tensor, gram_II: Tensor, exponent: float = 0.5) -> Factors:
+    """All nested factors that minimize |(W - B A) D|_F with D_ii = (root of the mean square of input i)^exponent.
+
+    Args:
+        W_OI: [O, I], any float dtype.
+        gram_II: [I, I] sum over tokens of x x^T; any positive scale.
+        exponent: 0 is the plain SVD, 1 the Gram without its off-diagonal.
+
+    Returns:
+        Factors of full rank S in the working dtype; singular_values are those of W D for the scale of the Gram.
+
+    Source: ASVD (arXiv 2312.05821), eq. 5-7. It takes the mean of |x| where this takes the root of the mean square.
+    """
+    W_OI = W_OI.to(working_dtype(min(W_OI.shape), W_OI.device))
+    # Never zero: a direction of W that only unseen inputs reach comes last, but it is among the directions.
+    energy_I = gram_II.diagonal().to(W_OI.dtype)
+    scale_I = energy_I.clamp(min=torch.finfo(W_OI.dtype).eps * energy_I.max()).pow(exponent / 2)
+    U_OS, s_S, _ = torch.linalg.svd(W_OI * scale_I, full_matrices=False)
     return Factors(U_OS, U_OS.mT @ W_OI, s_S)
+
+
+def two_sided_svd(W_OI: Tensor, gram_II: Tensor, output_gram_OO: Tensor, damping: float) -> Factors:
+    """All nested factors that minimize |G^{1/2} (W - B A) H^{1/2}|_F, errors weighed by what they do to the loss.
+
+    With G = L L^T and the left singular vectors U of L^T W H^{1/2}: B = L^{-T} U_r, A = U_r^T L^T W.
+
+    Args:
+        W_OI: [O, I], any float dtype.
+        gram_II: [I, I] sum over tokens of x x^T; any positive scale.
+        output_gram_OO: [O, O] sum over tokens of g g^T, g the gradient of the loss by the output; any positive scale.
+        damping: share of the mean of G's diagonal that is added to it, above 0.
+
+    Returns:
+        Factors of full rank S in the working dtype; B is not orthonormal, B^T G B nearly is.
+
+    Source: K-FAC's curvature; OBD-LLM (arXiv 2604.00821) and IO-SVD (arXiv 2605.15626) weigh both sides.
+    """
+    dtype = working_dtype(min(W_OI.shape), W_OI.device)
+    W_OI, output_gram_OO = W_OI.to(dtype), output_gram_OO.to(dtype)
+    mean = output_gram_OO.diagonal().mean().clamp(min=torch.finfo(dtype).tiny)
+    L_OO = torch.linalg.cholesky(
+        output_gram_OO + damping * mean * torch.eye(len(output_gram_OO), dtype=dtype, device=W_OI.device)
+    )
+    inner = whitened_svd(L_OO.mT @ W_OI, gram_II)
+    B_OS = torch.linalg.solve_triangular(L_OO.mT, inner.B, upper=True)
+    return Factors(B_OS, inner.A, inner.singular_values)
+
+
+def anchored_target(W_OI: Tensor, gram_II: Tensor, cross_II: Tensor, blend: float, ridge: float) -> Tensor:
+    """The weight whose outputs on changed inputs are nearest to the wanted ones.
+
+    Minimizes |W [(1 - b) Y + b X] - W' Y|^2 + ridge |W' - W|^2 over all W', for inputs X of the dense and Y of the
+    changed model: W' = W + b W (X Y^T - Y Y^T) (Y Y^T + ridge)^{-1}. A ridge toward W: without text it is W.
+
+    Args:
+        W_OI: [O, I], any float dtype.
+        gram_II: [I, I], Y Y^T.
+        cross_II: [I, I], X Y^T.
+        blend: b, 0 <= b <= 1.
+        ridge: share of the mean of the Gram's diagonal, above 0.
+
+    Returns:
+        [O, I], and the Gram with the ridge is `ridged(gram_II, ridge)`: the weight of its errors.
+
+    Source: AA-SVD (arXiv 2604.02119) has b of 0 and 1, SAES-SVD (arXiv 2602.03051) b between; the ridge is MPIFA's.
+    """
+    dtype = working_dtype(W_OI.shape[1], W_OI.device)
+    W_OI, gram_II, cross_II = W_OI.to(dtype), gram_II.to(dtype), cross_II.to(dtype)
+    change_IO = (W_OI @ (cross_II - gram_II)).mT
+    L_II = torch.linalg.cholesky(ridged(gram_II, ridge))
+    return W_OI + blend * torch.cholesky_solve(change_IO, L_II).mT
+
+
+def ridged(gram_II: Tensor, ridge: float) -> Tensor:
+    """H + ridge mean(diag H) I."""
+    added = ridge * gram_II.diagonal().mean().clamp(min=torch.finfo(gram_II.dtype).tiny)
+    return gram_II + added * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+
+
+def tail_scores(factors: Factors, gram_II: Tensor, output_gram_OO: Tensor) -> Tensor:
+    """What each direction adds to tr(G (W - B_r A_r) H (W - B_r A_r)^T) when it is the last to go, [S].
+
+    Sums from r on are the weighted error of rank r. Not the square of `singular_values`, unless the factors were
+    made for these weights.
+
+    Args:
+        factors: of full rank S.
+        gram_II: [I, I].
+        output_gram_OO: [O, O].
+    """
+    dtype = factors.B.dtype
+    outer_SS = factors.B.mT @ output_gram_OO.to(dtype) @ factors.B
+    products_SS = outer_SS * (factors.A @ gram_II.to(dtype) @ factors.A.mT)
+    return 2 * products_SS.triu().sum(1) - products_SS.diagonal()
+
+
+def _root(gram_II: Tensor) -> Tensor:
+    """R with R R^T = H, up to rounding added to the diagonal so that what the Gram has not seen is not lost."""
+    eps = torch.finfo(gram_II.dtype).eps
+    floor = eps * gram_II.diagonal().sum().clamp(min=torch.finfo(gram_II.dtype).tiny)
+    root_II, failed = torch.linalg.cholesky_ex(
+        gram_II + floor * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+    )
+    if not failed:
+        return root_II
+    eigenvalues, Q = torch.linalg.eigh(gram_II)
+    return Q * eigenvalues.clamp(min=floor).sqrt()

@@ -1,0 +1,271 @@
+"""Recover quality after factorizing: train factors, norms and biases against the dense model, by block or end to end.
+
+Shape legend: N sequences, B of a batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_kit.compression.chain import Chain
+from lowrank_kit.compression.statistics import in_evaluation
+from lowrank_kit.errors import LowRankError
+from lowrank_kit.layers import LOW_RANK_LAYERS
+
+# Share of the steps in which the learning rate rises, and what is left of it at the end: as AA-SVD (arXiv 2604.02119).
+WARM_UP, LAST_RATE = 0.1, 0.1
+WEIGHT_DECAY, LARGEST_GRADIENT = 0.01, 1.0
+# A tensor of numbers smaller than this has the learning rate of one of this size (Adafactor, arXiv 1804.04235).
+SMALLEST_SCALE = 1e-3
+# Looks at the check text in a training, and how many in a row without a gain end it.
+LOOKS, PATIENCE = 10, 3
+
+
+@dataclass(frozen=True)
+class Refined:
+    """How a refinement went: the error on the check text before and after, and what it took."""
+
+    before: float
+    after: float
+    steps: int
+    tokens: int
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """For compression.json."""
+        return asdict(self)
+
+
+def refine_block(
+    chain: Chain,
+    index: int,
+    block: nn.Module,
+    text: tuple[Tensor, Tensor],
+    check: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> Refined:
+    """Train a block to give the dense block's outputs on the compressed model's own inputs.
+
+        loss = |L'(Y) - L(X)|^2 / |L(X)|^2
+
+    Args:
+        chain: what the block is called with.
+        index: of the block.
+        block: with low-rank layers; changed in place.
+        text: Y and L(X), [N, T, D] each: inputs from the compressed blocks before, outputs of the dense block.
+        check: the same of the check text, by which the best state is chosen: never worse than before.
+        epochs: passes over the text.
+        rate: learning rate as a share of the root mean square of the tensor that is trained.
+        seed: of the order of the sequences.
+
+    Raises:
+        LowRankError: the loss is not finite.
+
+    Source: AA-SVD (arXiv 2604.02119), whose learning rate is one for all tensors; without its weight on directions.
+    """
+    inputs, targets = text
+    scale = targets.double().square().mean().item() or 1.0
+
+    def loss(chosen: Tensor) -> Tensor:
+        target = targets[chosen].to(chain.model.device)
+        return (chain.run(index, block, inputs[chosen]) - target).float().square().mean() / scale
+
+    def error() -> float:
+        outputs = chain.run_all(index, block, check[0])
+        return ((outputs - check[1]).double().square().mean() / check[1].double().square().mean()).item()
+
+    return _train(
+        block,
+        loss,
+        error,
+        _orders(len(inputs), chain.batch_size, epochs, seed),
+        tokens=inputs.shape[0] * inputs.shape[1] * epochs,
+        rate=rate,
+        desc=f"refine block {index}",
+    )
+
+
+def refine_end_to_end(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    ids: Tensor,
+    check_ids: Tensor,
+    *,
+    epochs: int,
+    rate: float,
+    batch_size: int,
+    seed: int,
+) -> Refined:
+    """Train all factors, norms and biases to give the dense model's predictions.
+
+        loss = mean over tokens of KL(p_dense || p), in nats
+
+    Args:
+        model: with low-rank layers; changed in place.
+        dense: the model it was made from.
+        ids: int [N, T].
+        check_ids: int [N', T], by which the best state is chosen: never worse than before.
+        epochs, rate, seed: as in `refine_block`.
+        batch_size: B.
+
+    Raises:
+        LowRankError: the loss is not finite.
+    """
+    device = model.device
+
+    def divergence(batch: Tensor) -> Tensor:
+        batch = batch.to(device, torch.int64)
+        with torch.no_grad():
+            log_p = dense(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        log_q = model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        return nn.functional.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), log_target=True, reduction="batchmean")
+
+    def error() -> float:
+        with torch.no_grad():
+            parts = [(divergence(part).item(), len(part)) for part in check_ids.split(batch_size)]
+        return sum(value * count for value, count in parts) / len(check_ids)
+
+    with in_evaluation(dense):
+        return _train(
+            model,
+            lambda chosen: divergence(ids[chosen]),
+            error,
+            _orders(len(ids), batch_size, epochs, seed),
+            tokens=ids.numel() * epochs,
+            rate=rate,
+            desc="refine end to end",
+        )
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is refined: factors, and whatever has one dimension (norms, biases)."""
+    factors = {id(p) for m in module.modules() if isinstance(m, LOW_RANK_LAYERS) for p in m.parameters()}
+    return {name: p for name, p in module.named_parameters() if id(p) in factors or p.ndim == 1}
+
+
+def _train(
+    module: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    error: Callable[[], float],
+    orders: list[Tensor],
+    *,
+    tokens: int,
+    rate: float,
+    desc: str,
+) -> Refined:
+    """AdamW over the batches of `orders`; the state with the least error on the check text is what stays."""
+    started = time.perf_counter()
+    parameters = trainable(module)
+    optimizer = _optimizer(parameters, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(len(orders)))
+    best = _Best(parameters, before := error())
+    every = max(1, math.ceil(len(orders) / LOOKS))
+    done = 0
+    with in_evaluation(module), _training_only(module, parameters):
+        for done, chosen in enumerate(tqdm(orders, desc=desc, disable=None, leave=False), start=1):
+            optimizer.zero_grad()
+            value = loss(chosen)
+            value.backward()
+            _refuse_non_finite(value.item(), desc, done)
+            nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
+            optimizer.step()
+            schedule.step()
+            if (done % every == 0 or done == len(orders)) and best.look(error()) >= PATIENCE:
+                break
+    best.restore()
+    seconds = round(time.perf_counter() - started, 3)
+    return Refined(before, best.error, done, tokens * done // max(1, len(orders)), seconds)
+
+
+class _Best:
+    """The state with the least error seen, the first one included."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], error: float) -> None:
+        self.parameters, self.error, self.since = parameters, error, 0
+        self._keep()
+
+    def look(self, error: float) -> int:
+        """Note an error; how many looks in a row have brought no gain."""
+        self.since = 0 if error < self.error else self.since + 1
+        if error < self.error:
+            self.error = error
+            self._keep()
+        return self.since
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.state[name])
+
+    def _keep(self) -> None:
+        self.state = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], rate: float) -> torch.optim.AdamW:
+    groups = [
+        {
+            "params": [parameter],
+            "lr": rate * max(parameter.detach().float().square().mean().sqrt().item(), SMALLEST_SCALE),
+            "weight_decay": WEIGHT_DECAY if parameter.ndim > 1 else 0.0,
+        }
+        for parameter in parameters.values()
+        if parameter.numel()
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then half a cosine down to LAST_RATE."""
+    warm = max(1, round(WARM_UP * steps))
+
+    def share(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return share
+
+
+def _orders(count: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
+    """Indices of the sequences of each batch, anew in every epoch; batches are whole where there is one."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, count)
+    orders = [torch.randperm(count, generator=generator)[: count // size * size] for _ in range(epochs)]
+    return [part for order in orders for part in order.split(size)]
+
+
+def _refuse_non_finite(value: float, desc: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise LowRankError(
+            f"{desc}: the loss is {value} at step {step}", hint="a lower --refine-rate, or --refine none"
+        )
+
+
+class _training_only:
+    """Inside, only the given parameters take gradients."""
+
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self.module, self.wanted = module, {id(p) for p in parameters.values()}
+
+    def __enter__(self) -> None:
+        self.before = [(p, p.requires_grad) for p in self.module.parameters()]
+        for parameter, _ in self.before:
+            parameter.requires_grad_(id(parameter) in self.wanted)
+
+    def __exit__(self, *_: object) -> Iterator[None] | None:
+        for parameter, required in self.before:
+            parameter.requires_grad_(required)
+            parameter.grad = None
+        return None

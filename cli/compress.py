@@ -18,6 +18,7 @@ from .output import check_new_folder, emit
 @click.option("--allocation", metavar="NAME", default="uniform", show_default=True, help="uniform.")
 @click.option("--text", metavar="SOURCE", default=None, help="Calibration: file, folder, hub:NAME[:split] or stdlib.")
 @click.option("--calibration-blocks", type=int, default=128, show_default=True, help="Sequences of calibration text.")
+@click.option("--check-blocks", type=int, default=32, show_default=True, help="Sequences apart, to measure errors on.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--max-bytes", type=int, default=None, help="Most bytes of text to take.")

@@ -22,6 +22,8 @@ from lowrank_kit.checkpoint.stored import StoredMatrix, stored_matrices
 from lowrank_kit.errors import LowRankError, UsageError
 
 CONFIG_FILE = "config.json"
+# What a compression says of itself, in the folder it made.
+REPORT_FILE = "compression.json"
 
 # "name" or "organisation/name", as the hub allows them. Nothing that starts like a path.
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank_kit.checkpoint.card import compressed_card
-from lowrank_kit.checkpoint.folder import CONFIG_FILE, Checkpoint
+from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
 from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import FORMAT_VERSION, QUANT_METHOD
 from lowrank_kit.checkpoint.writer import Shard, write_shards
@@ -22,14 +22,12 @@ from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan, PlannedMatrix, factor_names, make_plan, output_name
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import input_grams
-from lowrank_kit.data.answers import load_text
-from lowrank_kit.data.blocks import TokenBlocks, token_blocks
+from lowrank_kit.compression.texts import Texts, draw_texts
 from lowrank_kit.device import resolve_device, resolve_dtype
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import new_folder, write_json, write_text
 
-REPORT_FILE = "compression.json"
 # Files of a model folder that are not made anew: tokenizer, generation settings, chat template.
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 NOT_COPIED = (CONFIG_FILE, REPORT_FILE, "run.json")
@@ -43,15 +41,13 @@ class Calibration:
 
     Args:
         model: folder of the model.
-        blocks: the text.
+        texts: the text, and what was drawn apart from it.
         grams: `Matrix.shares_input` -> Gram.
-        source: name of the text source.
     """
 
     model: Path
-    blocks: TokenBlocks
+    texts: Texts
     grams: dict[str, Tensor]
-    source: str
 
 
 def compress(
@@ -117,19 +113,21 @@ def calibrate(
     """
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
     tokenizer = load_tokenizer(checkpoint.path)
-    corpus = load_text(settings.text, tokenizer, max_bytes=settings.max_bytes)
-    blocks = token_blocks(
-        corpus.train,
+    texts = draw_texts(
+        settings.text,
         tokenizer,
-        settings.block_tokens,
-        max_blocks=settings.calibration_blocks,
+        block_tokens=settings.block_tokens,
+        calibration=settings.calibration_blocks,
+        check=settings.check_blocks,
+        max_bytes=settings.max_bytes,
         seed=settings.seed,
     )
     model = load_model(checkpoint, device=torch_device, dtype=torch_dtype)
-    check_blocks(model, blocks)
+    for blocks in texts.sets.values():
+        check_blocks(model, blocks)
     matrices = [stored.matrix for stored in checkpoint.matrices() if stored.matrix.expert is None]
-    grams = input_grams(model, matrices, blocks, batch_size=settings.batch_size)
-    return Calibration(checkpoint.path, blocks, grams, corpus.source)
+    grams = input_grams(model, matrices, texts.calibration, batch_size=settings.batch_size)
+    return Calibration(checkpoint.path, texts, grams)
 
 
 def _needs_grams(plan: Plan) -> bool:
@@ -184,15 +182,11 @@ def _factors(
 
 
 def _report(plan: Plan, model: str, calibration: Calibration | None, errors: dict[str, float]) -> dict[str, Any]:
-    text = None
-    if calibration is not None:
-        blocks = calibration.blocks
-        text = {"source": calibration.source, "sha256": blocks.sha256, "tokens": blocks.num_tokens}
     return {
         "model": model,
         "settings": asdict(plan.settings),
         "totals": plan.totals(),
-        "calibration": text,
+        "calibration": calibration and calibration.texts.record(),
         "matrices": [{**m.row(), "relative_error": errors.get(m.stored.matrix.name)} for m in plan.matrices],
         "environment": environment(),
     }

@@ -20,6 +20,7 @@ class CompressSettings:
         allocation: how the budget becomes ranks, see `ALLOCATIONS`.
         text: text source of the calibration; None is the standard library. Its held-out part is left alone.
         calibration_blocks: sequences of calibration text.
+        check_blocks: sequences apart from the calibration, on which errors are measured.
         block_tokens: tokens in a sequence.
         batch_size: sequences in a forward pass.
         max_bytes: most bytes of text to take from the source.
@@ -35,6 +36,7 @@ class CompressSettings:
     allocation: str = "uniform"
     text: str | None = None
     calibration_blocks: int = 128
+    check_blocks: int = 32
     block_tokens: int = 256
     batch_size: int = 8
     max_bytes: int | None = None
@@ -51,7 +53,8 @@ class CompressSettings:
             value = getattr(self, name)
             if value not in choices:
                 raise UsageError(f'unknown {name} "{value}"', hint=did_you_mean(value, choices))
-        for name, least in (("calibration_blocks", 1), ("batch_size", 1), ("max_shard_bytes", 1), ("block_tokens", 2)):
+        ones = ("calibration_blocks", "check_blocks", "batch_size", "max_shard_bytes")
+        for name, least in (*((name, 1) for name in ones), ("block_tokens", 2)):
             if getattr(self, name) < least:
                 default = f"--{name.replace('_', '-')} {getattr(type(self), name)}"
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}", hint=default)

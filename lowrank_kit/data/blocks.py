@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -119,20 +121,50 @@ def token_blocks(
         UsageError: there are fewer tokens than one block, or an argument is out of range.
     """
     check_blocks_wanted(block_tokens, packing, max_blocks)
+    row = token_row(documents, tokenizer)
+    rows, starts = cut_blocks(row.ids, row.ends, block_tokens, max_blocks=max_blocks, seed=seed)
+    return TokenBlocks(
+        torch.from_numpy(rows), row.bytes_per_token, document_starts=starts if packing == "documents" else None
+    )
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """The tokens of documents in a row, the end-of-text token after each; of D documents that have tokens.
+
+    Args:
+        ids: int32 [L].
+        ends: int64 [D], where each document ends in the row, ascending.
+        digests: [D], `Document.digest` of each.
+        bytes_per_token: as in `TokenBlocks`; NaN without tokens.
+    """
+
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    digests: tuple[str, ...]
+    bytes_per_token: float
+
+
+def token_row(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
+    """Tokenize documents and join them with the end-of-text token.
+
+    Args:
+        documents: read once, in order.
+    """
     parts: list[np.ndarray] = []
+    digests: list[str] = []
     num_bytes = num_document_tokens = 0
     end = end_of_text(tokenizer)
     for document, ids in tokenized(documents, tokenizer):
         num_bytes += len(document.text.encode())
         num_document_tokens += len(ids)
         parts.append(np.array(ids + end, dtype=np.int32))
-    row = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-    rows, starts = cut_blocks(row, ends, block_tokens, max_blocks=max_blocks, seed=seed)
-    return TokenBlocks(
-        torch.from_numpy(rows),
-        num_bytes / num_document_tokens,
-        document_starts=starts if packing == "documents" else None,
+        digests.append(document.digest)
+    return TokenRow(
+        np.concatenate(parts) if parts else np.empty(0, dtype=np.int32),
+        np.cumsum([len(part) for part in parts], dtype=np.int64),
+        tuple(digests),
+        num_bytes / num_document_tokens if parts else math.nan,
     )
 
 

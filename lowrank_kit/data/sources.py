@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 import logging
@@ -47,6 +48,11 @@ class Document:
 
     name: str
     text: str
+
+    @property
+    def digest(self) -> str:
+        """What a text is known by in a record: the first 16 hex digits of its sha256, of the text alone."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
 def read_source(source: str | None = None, *, piece_bytes: int | None = None) -> Iterator[Document]:

@@ -18,6 +18,7 @@ from lowrank_kit.device import resolve_device, resolve_dtype
 from lowrank_kit.errors import UsageError, did_you_mean
 from lowrank_kit.evaluation.divergence import divergence
 from lowrank_kit.evaluation.harness import run_tasks
+from lowrank_kit.evaluation.overlap import refuse_used_text
 from lowrank_kit.evaluation.perplexity import perplexity
 
 PARTS = ("auto", "heldout", "all")
@@ -95,17 +96,20 @@ def evaluate(
         One row per model: name, numbers and bytes on disk, then the scores.
 
     Raises:
-        UsageError: nothing to score, a model that is not there, text shorter than a block, a reference with another
-            vocabulary.
+        UsageError: nothing to score, a model that is not there, text shorter than a block, text that a model was
+            compressed with, a reference with another vocabulary.
     """
     if not settings.perplexity and not settings.tasks and reference is None:
         raise UsageError("nothing to score", hint="leave out --no-perplexity, or name --tasks or a --reference")
     checkpoints = [Checkpoint.open(model) for model in models]
-    documents = documents_of(settings) if settings.perplexity or reference is not None else []
+    base = None if reference is None else Checkpoint.open(reference)
+    documents = documents_of(settings) if settings.perplexity or base is not None else []
+    for checkpoint in filter(None, (*checkpoints, base)):
+        refuse_used_text(checkpoint, documents)
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
     reference_model = None
-    if reference is not None:
-        reference_model = load_model(Checkpoint.open(reference), device=torch_device, dtype=torch_dtype)
+    if base is not None:
+        reference_model = load_model(base, device=torch_device, dtype=torch_dtype)
     rows = []
     for name, checkpoint in zip(models, checkpoints, strict=True):
         model = load_model(checkpoint, device=torch_device, dtype=torch_dtype)

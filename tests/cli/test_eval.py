@@ -256,3 +256,90 @@ def test_no_tokenizer(
 ) -> None:
     tiny_llama().save_pretrained(tmp_path / "bare")
     assert "no tokenizer can be loaded" in refusal(2, capsys, str(tmp_path / "bare"), "--text", pages)
+
+
+# Text that a compression has read
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_llama_folder: Path, pages: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("models") / "calibrated"
+    few = CompressSettings(keep=0.5, text=pages, block_tokens=32, calibration_blocks=4, check_blocks=2)
+    compress(tiny_llama_folder, output, few)
+    return output
+
+
+def read_by(folder: Path) -> list[str]:
+    return json.loads((folder / "compression.json").read_text())["calibration"]["documents"]
+
+
+def test_text_that_a_compression_has_read_is_refused(
+    tiny_llama_folder: Path, calibrated: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = read_by(calibrated)
+    assert 6 <= len(read) <= 12
+    message = f"{calibrated} was compressed with {len(read)} of the 30 documents of this text (pages.jsonl:"
+    hint = "\nhint: --part heldout, or another text\n"
+    dense = str(tiny_llama_folder)
+    for models in ([str(calibrated)], [dense, str(calibrated)], [dense, "--reference", str(calibrated)]):
+        told = refusal(2, capsys, *models, "--text", pages)
+        assert message in told
+        assert told.endswith(hint)
+    # The file has another name and fewer pages: the same text all the same.
+    (one,) = [document for document in read_source(pages) if document.digest == read[-1]]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("A page of its own.", one.text)))
+    assert "with 1 of the 2 documents of this text (other.jsonl:2)" in refusal(
+        2, capsys, str(calibrated), "--text", str(other)
+    )
+
+
+def test_text_that_a_compression_has_not_read_is_scored(
+    calibrated: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = rows(capsys, str(calibrated), "--text", pages, "--part", "heldout")
+    assert row["perplexity"] > 1
+    unread = [document.text for document in read_source(pages) if document.digest not in read_by(calibrated)]
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("".join(json.dumps({"text": text}) + "\n" for text in unread))
+    (row,) = rows(capsys, str(calibrated), "--text", str(rest))
+    assert row["perplexity"] > 1
+
+
+@pytest.mark.parametrize("max_bytes", [None, 4000])
+def test_a_file_of_which_the_beginning_was_read(
+    max_bytes: int | None, tiny_llama_folder: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("\n\n".join(document.text for document in read_source(pages)))
+    few = CompressSettings(
+        keep=0.5, text=str(text), block_tokens=32, calibration_blocks=2, check_blocks=1, max_bytes=max_bytes
+    )
+    compress(tiny_llama_folder, tmp_path / "half", few)
+    model = str(tmp_path / "half")
+    assert "with 1 of the 1 documents of this text (book.txt)" in refusal(2, capsys, model, "--text", str(text))
+    (row,) = rows(capsys, model, "--text", str(text), "--part", "heldout")
+    assert row["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, "{}", "[]", '{"calibration": null}', '{"calibration": {"source": "stdlib", "sha256": "0", "tokens": 1}}'],
+)
+def test_folders_that_do_not_say_what_was_read(
+    record: str | None, calibrated: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(calibrated, tmp_path / "model"))
+    (model / "compression.json").unlink()
+    if record is not None:
+        (model / "compression.json").write_text(record)
+    (row,) = rows(capsys, str(model), "--text", pages, "--blocks", "1")
+    assert row["perplexity"] > 1
+
+
+def test_a_damaged_record_of_what_was_read(
+    calibrated: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(calibrated, tmp_path / "model"))
+    (model / "compression.json").write_text('{"calibration": {"docu')
+    assert f"{model / 'compression.json'} is damaged: " in refusal(1, capsys, str(model), "--text", pages)

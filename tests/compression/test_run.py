@@ -106,7 +106,13 @@ def test_report_and_card(outputs: dict[str, Path], tiny_llama_folder: Path, text
         max_blocks=BLOCKS,
         seed=0,
     )
-    assert report["calibration"] == {"source": text_file, "sha256": blocks.sha256, "tokens": BLOCKS * BLOCK_TOKENS}
+    text = report["calibration"]
+    assert (text["source"], text["sha256"], text["tokens"]) == (text_file, blocks.sha256, BLOCKS * BLOCK_TOKENS)
+    assert (text["check"]["tokens"], text["refinement"]) == (report["settings"]["check_blocks"] * BLOCK_TOKENS, None)
+    assert text["corpus_sha256"] == load_corpus(text_file).sha256
+    # 56 of the 70 blocks of 36 pages: most pages are in, none held out.
+    assert set(text["documents"]) < {document.digest for document in load_corpus(text_file).train}
+    assert len(text["documents"]) > 30
     assert report["environment"]["torch"]
     assert report_of(outputs["plain"])["calibration"] is None
     card = (outputs["whiten"] / "README.md").read_text()
@@ -164,11 +170,15 @@ def test_the_held_out_text_is_left_alone(tiny_llama_folder: Path, text_file: str
     corpus = load_corpus(text_file)
     assert corpus.heldout
     # As many blocks as there are: any document that were in would show.
-    calibration = calibrate(Checkpoint.open(tiny_llama_folder), settings_for(text_file, calibration_blocks=10**6))
-    text = AutoTokenizer.from_pretrained(tiny_llama_folder).decode(calibration.blocks.ids.flatten())
+    settings = settings_for(text_file, calibration_blocks=10**6, check_blocks=1)
+    texts = calibrate(Checkpoint.open(tiny_llama_folder), settings).texts
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    text = "\n".join(tokenizer.decode(blocks.ids.flatten()) for blocks in texts.sets.values())
     number = [re.match(r"Page \d+\.", document.text).group() for document in corpus.heldout]  # type: ignore[union-attr]
     assert not [page for page in number if page in text]
-    assert sum(document.text in text for document in corpus.train) >= len(corpus.train) - 1
+    # All but the last, and those that the one block of check text is cut out of.
+    assert sum(document.text in text for document in corpus.train) >= len(corpus.train) - 3
+    assert set(texts.documents) == {document.digest for document in corpus.train}
 
 
 def test_calibration_in_bfloat16_leaves_the_dtype_on_disk(

@@ -199,16 +199,17 @@ def test_settings_that_are_for_text(changes: dict[str, Any], chat_settings: Make
 
 
 def test_calibration_on_conversations(tiny_llama_folder: Path, chat_file: Path) -> None:
-    settings = CompressSettings(keep=0.5, text=str(chat_file), block_tokens=32, calibration_blocks=200)
-    blocks = calibrate(Checkpoint.open(tiny_llama_folder), settings, device="cpu").blocks
-    text = AutoTokenizer.from_pretrained(tiny_llama_folder).decode(blocks.ids.flatten())
+    settings = CompressSettings(keep=0.5, text=str(chat_file), block_tokens=32, calibration_blocks=200, check_blocks=1)
+    texts = calibrate(Checkpoint.open(tiny_llama_folder), settings, device="cpu").texts
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    text = "\n".join(tokenizer.decode(blocks.ids.flatten()) for blocks in texts.sets.values())
     corpus = load_chat(str(chat_file))
     asked, left_out = (
         [json.loads(document.text)["messages"][0]["content"] for document in side]
         for side in (corpus.train, corpus.heldout)
     )
-    # The blocks end before the last few tokens.
-    assert all(f"### User:\n{question}\n\n### Assistant:\n" in text for question in asked[:-1])
+    # All but the last, and those that the one block of check text is cut out of.
+    assert sum(f"### User:\n{question}\n\n### Assistant:\n" in text for question in asked) >= len(asked) - 5
     assert not any(f"User:\n{question}\n" in text for question in left_out)
 
 

@@ -16,6 +16,7 @@ from .output import check_new_folder, emit
 @click.option("--keep", type=float, required=True, help="Fraction of the matrices' numbers to keep, 0 < keep <= 1.")
 @click.option("--objective", metavar="NAME", default="whiten", show_default=True, help="plain or whiten.")
 @click.option("--allocation", metavar="NAME", default="uniform", show_default=True, help="uniform.")
+@click.option("--form", metavar="NAME", default="factors", show_default=True, help="Of storage: factors or pivoted.")
 @click.option("--text", metavar="SOURCE", default=None, help="Calibration: file, folder, hub:NAME[:split] or stdlib.")
 @click.option("--calibration-blocks", type=int, default=128, show_default=True, help="Sequences of calibration text.")
 @click.option("--check-blocks", type=int, default=32, show_default=True, help="Sequences apart, to measure errors on.")
@@ -41,7 +42,7 @@ def command(
 ) -> None:
     """Factorize a model's matrices to a target size.
 
-    Each matrix of MODEL (a folder or a hub name) becomes two thin factors. The result is a Hugging Face folder that
+    Each matrix of MODEL (a folder or a hub name) becomes two thin ones. The result is a Hugging Face folder that
     from_pretrained loads after `import lowrank_kit`.
     """
     from lowrank_kit.errors import UsageError

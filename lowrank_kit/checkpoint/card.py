@@ -31,7 +31,7 @@ def compressed_card(
 ---
 # {base_model}, compressed with lowrank-kit
 
-The matrices of this model are stored as two thin factors, W ~ B A. Everything else is as in the dense model.
+The matrices of this model are stored as two thin ones each. Everything else is as in the dense model.
 
 ```python
 import lowrank_kit  # registers the format

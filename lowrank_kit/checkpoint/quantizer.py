@@ -19,23 +19,30 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.layers import LowRankLinear, exchange_linear
+from lowrank_kit.layers import LowRankLinear, PivotedLinear, exchange_linear
 
 if TYPE_CHECKING:
     # transformers is still being imported when this module is.
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "lowrank"
-FORMAT_VERSION = 1
-FORMS = ("factors",)
+# Form of storage -> the format version that brought it. Folders have the lowest that they can do with, so that an older
+# lowrank-kit reads what it can, and refuses the rest.
+FORMS = {"factors": 1, "pivoted": 2}
+FORMAT_VERSION = max(FORMS.values())
+
+
+def needed_version(matrices: dict[str, dict[str, Any]]) -> int:
+    """Format version of a checkpoint with these matrices, as `quantization_config` has them."""
+    return max((FORMS[entry["form"]] for entry in matrices.values()), default=1)
 
 
 class LowRankConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint.
 
     Args:
-        matrices: path of the module -> {"rank": r, "form": "factors"}.
-        format_version: of the checkpoint format.
+        matrices: path of the module -> {"rank": r, "form": one of FORMS}.
+        format_version: of the checkpoint format; raised to what the forms need.
         quant_method: always "lowrank".
         extra: keys of the same format version that this code does not use; kept when the model is saved again.
 
@@ -46,7 +53,7 @@ class LowRankConfig(QuantizationConfigMixin):
     def __init__(
         self,
         matrices: dict[str, dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         quant_method: str = QUANT_METHOD,
         **extra: Any,
     ) -> None:
@@ -56,7 +63,6 @@ class LowRankConfig(QuantizationConfigMixin):
                 hint="pip install --upgrade lowrank-kit",
             )
         self.quant_method = quant_method
-        self.format_version = format_version
         self.matrices = matrices or {}
         for name, entry in self.matrices.items():
             rank, form = entry.get("rank"), entry.get("form")
@@ -65,6 +71,7 @@ class LowRankConfig(QuantizationConfigMixin):
                     f"quantization_config: {name} has rank {rank!r} and form {form!r}; "
                     f"a rank of at least 1 and one of the forms {', '.join(FORMS)} are wanted"
                 )
+        self.format_version = max(format_version, needed_version(self.matrices))
         for key, value in extra.items():
             setattr(self, key, value)
 
@@ -87,7 +94,7 @@ class LowRankQuantizer(HfQuantizer):
                     hint="config.json and the model class seem to belong to different models",
                 )
             with torch.device("meta"):
-                exchange_linear(model, found, entry["rank"])
+                exchange_linear(model, found, entry["rank"], entry["form"])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # A quantizer that stays makes Trainer refuse to train and save_pretrained ignore a given state dict. The
@@ -103,9 +110,15 @@ class LowRankQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Tensor parallelism: what is split of a layer's output is split of B's, what of its input, of A's."""
-        layers = (name for name, module in model.named_modules() if isinstance(module, LowRankLinear))
-        for name in {re.sub(r"\.\d+\.", ".*.", layer) for layer in layers}:
+        """Tensor parallelism: what is split of a layer's output is split of B's, what of its input, of A's.
+
+        A pivoted layer has to have all of its output, so that it stays whole, and with it all beside it: what reads
+        the whole cannot be split either.
+        """
+        for parent in {name.rpartition(".")[0] for name in _plan_names(model, PivotedLinear)}:
+            for name in [name for name in plan if name.rpartition(".")[0] == parent]:
+                del plan[name]
+        for name in _plan_names(model, LowRankLinear):
             leaf = {"colwise": "B", "rowwise": "A"}.get(plan.get(name, ""))
             if leaf is not None:
                 plan[f"{name}.{leaf}"] = plan.pop(name)
@@ -128,6 +141,12 @@ class LowRankQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Two matrix products."""
         return True
+
+
+def _plan_names(model: PreTrainedModel, kind: type[torch.nn.Module]) -> set[str]:
+    """Names of the layers of a kind as a parallel plan has them, with a star for the block."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, kind))
+    return {re.sub(r"\.\d+\.", ".*.", layer) for layer in layers}
 
 
 def register() -> None:

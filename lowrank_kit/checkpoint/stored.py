@@ -2,7 +2,8 @@
 
 Names on disk are mostly the names of the parameters, but not always: `gpt2` stores `h.0.attn.c_attn.weight` for
 `transformer.h.0.attn.c_attn.weight`, a mixture of experts stores each expert apart although the model holds one fused
-3-D tensor, and a compressed matrix is two factors. The renaming is transformers' own, the one `from_pretrained` uses.
+3-D tensor, and a compressed matrix is two factors or a pivoted form. The renaming is transformers' own, the one
+`from_pretrained` uses.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lowrank_kit.checkpoint.headers import TensorHeader
 from lowrank_kit.errors import LowRankError
+from lowrank_kit.linalg.pivot import expand
 from lowrank_kit.matrices import Matrix, find_matrices, role_of
 
 # Roles of the two halves of a fused gate_up tensor, in the order in which they are stacked.
 HALVES_OF_GATE_UP = ("gate", "up")
+# Form of storage -> what is stored of a matrix under its path, besides the sentinel.
+COMPRESSED_LEAVES = {"factors": ("B.weight", "A.weight"), "pivoted": ("A.weight", "C.weight", "index")}
 
 
 @dataclass(frozen=True)
@@ -33,26 +37,36 @@ class StoredMatrix:
         matrix: what it is; `matrix.transposed` says how it lies on disk. An expert stored apart from the fused tensor
             it belongs to is named by its path on disk.
         tensors: one name, of a 2-D weight or of a fused 3-D tensor of which `matrix.expert` is one slice;
-            or two names (B, A), the factors of a compressed matrix.
+            of a compressed matrix two names (B, A), its factors, or three (A, C, index), its pivoted form.
+        form: "dense", "factors" or "pivoted".
     """
 
     matrix: Matrix
     tensors: tuple[str, ...]
+    form: str = "dense"
 
     @property
     def compressed(self) -> bool:
-        """Whether factors are stored instead of the weight."""
-        return len(self.tensors) == 2
+        """Whether something of low rank is stored instead of the weight."""
+        return self.form != "dense"
+
+    def factors(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """B [out, r] and A [r, in] of a compressed matrix in float64, from the tensors named in `tensors`."""
+        if self.form == "pivoted":
+            A, C, index = tensors
+            return expand(C.double(), index), A.double()
+        B, A = tensors
+        return B.double(), A.double()
 
     def weight(self, *tensors: Tensor) -> Tensor:
         """W from the tensors named in `tensors`, given in that order.
 
         Returns:
-            [out, in]; a view in the dtype on disk, or B A in float64 when factors are stored.
+            [out, in]; a view in the dtype on disk, or B A in float64 of a compressed matrix.
         """
         if self.compressed:
-            B, A = tensors
-            return B.double() @ A.double()
+            B, A = self.factors(*tensors)
+            return B @ A
         (stored,) = tensors
         W = stored[self.matrix.expert] if stored.ndim == 3 else stored
         return W.mT if self.matrix.transposed else W
@@ -148,15 +162,23 @@ def _locate(
 ) -> Iterator[StoredMatrix]:
     for source in sorted(sources, key=lambda source: source.part):
         name = source.header.name
-        factors = tuple(f"{name.removesuffix('weight')}{factor}.weight" for factor in "BA")
-        if all(factor in headers for factor in factors):
-            _check_factors(matrix, *(headers[factor] for factor in factors))
-            yield StoredMatrix(replace(matrix, transposed=False), factors)
+        if (compressed := _compressed(matrix, name.removesuffix("weight"), headers)) is not None:
+            yield compressed
         elif source.expert is None:
             _check_shape(matrix.name, parameter_shape, source.header)
             yield StoredMatrix(matrix, (name,))
         elif source.expert == matrix.expert:
             yield _stored_apart(matrix, source)
+
+
+def _compressed(matrix: Matrix, path: str, headers: Mapping[str, TensorHeader]) -> StoredMatrix | None:
+    """A matrix that is stored as factors or pivoted under a path that ends with a dot; None if it is not."""
+    for form, leaves in COMPRESSED_LEAVES.items():
+        names = tuple(f"{path}{leaf}" for leaf in leaves)
+        if all(name in headers for name in names):
+            _check_parts(matrix, form, [headers[name] for name in names])
+            return StoredMatrix(replace(matrix, transposed=False), names, form)
+    return None
 
 
 def _stored_apart(matrix: Matrix, source: _Source) -> StoredMatrix:
@@ -182,12 +204,14 @@ def _check_shape(name: str, expected: tuple[int, ...], header: TensorHeader) -> 
         )
 
 
-def _check_factors(matrix: Matrix, B: TensorHeader, A: TensorHeader) -> None:
+def _check_parts(matrix: Matrix, form: str, parts: list[TensorHeader]) -> None:
     rows, columns = matrix.shape
+    A = next(part for part in parts if part.name.endswith(".A.weight"))
     rank = A.shape[0] if A.shape else 0
-    if B.shape != (rows, rank) or A.shape != (rank, columns):
+    shapes = {"factors": [(rows, rank), (rank, columns)], "pivoted": [(rank, columns), (rows - rank, rank), (rows,)]}
+    if [part.shape for part in parts] != shapes[form]:
+        told = " and ".join(f"{part.name} {list(part.shape)}" for part in parts)
         raise LowRankError(
-            f"factors {B.name} {list(B.shape)} and {A.name} {list(A.shape)} do not make matrix {matrix.name} "
-            f"of shape {list(matrix.shape)}",
+            f"{form} {told} do not make matrix {matrix.name} of shape {list(matrix.shape)}",
             hint="config.json and the safetensors files seem to belong to different models",
         )

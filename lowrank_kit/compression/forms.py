@@ -6,7 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from lowrank_kit.checkpoint.writer import TensorSpec, tensor_bytes
+from lowrank_kit.linalg.factor import Factors, weighted_error
+from lowrank_kit.linalg.pivot import Pivoted, pivot
 
 
 @dataclass(frozen=True)
@@ -15,11 +20,16 @@ class Form:
 
     Args:
         title: what is stored.
-        tensors: (path of the module, dtype as safetensors says it, (out, in), rank) -> what is on disk.
+        tensors: (path of the module, dtype as safetensors says it, (out, in), rank) -> what is on disk;
+            the sentinel is last.
+        split: factors -> what is stored of them, in the order of `tensors` and without the sentinel.
+        join: what `split` gives -> W'.
     """
 
     title: str
     tensors: Callable[[str, str, tuple[int, int], int], list[TensorSpec]]
+    split: Callable[[Factors], tuple[Tensor, ...]]
+    join: Callable[..., Tensor]
 
     def numbers(self, shape: tuple[int, int], rank: int) -> int:
         """Numbers on disk, the sentinel and an index included."""
@@ -28,6 +38,17 @@ class Form:
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: str) -> int:
         """Bytes of its tensors on disk."""
         return sum(tensor_bytes(kind, size) for _, kind, size in self.tensors("", dtype, shape, rank))
+
+    def stored(self, factors: Factors, dtype: torch.dtype) -> list[Tensor]:
+        """What is written of B A, in the order of `tensors`: numbers rounded to `dtype`, an index as it is."""
+        parts = [part.to(dtype) if part.is_floating_point() else part for part in self.split(factors)]
+        return [*parts, torch.zeros(1, dtype=dtype, device=factors.A.device)]
+
+    def rounding_error(self, factors: Factors, dtype: torch.dtype, gram_II: Tensor | None = None) -> float:
+        """What rounding to `dtype` costs in this form: weighted error of B A as it is stored, relative to B A."""
+        *parts, _ = self.stored(factors, dtype)
+        rounded = [part.to(factors.A.dtype) if part.is_floating_point() else part for part in parts]
+        return weighted_error(factors.dense(), self.join(*rounded), gram_II)
 
 
 def _factors(path: str, dtype: str, shape: tuple[int, int], rank: int) -> list[TensorSpec]:
@@ -49,7 +70,19 @@ def _pivoted(path: str, dtype: str, shape: tuple[int, int], rank: int) -> list[T
     ]
 
 
+def _split_pivoted(factors: Factors) -> tuple[Tensor, ...]:
+    pivoted = pivot(factors.B, factors.A)
+    return pivoted.rows, pivoted.coefficients, pivoted.index
+
+
 FORMS: dict[str, Form] = {
-    "factors": Form("two thin matrices, r (out + in) numbers", _factors),
-    "pivoted": Form("r rows and coefficients for the rest, r (out + in) - r^2 numbers", _pivoted),
+    "factors": Form(
+        "two thin matrices, r (out + in) numbers", _factors, lambda factors: (factors.A, factors.B), lambda A, B: B @ A
+    ),
+    "pivoted": Form(
+        "r rows and coefficients for the rest, r (out + in) - r^2 numbers",
+        _pivoted,
+        _split_pivoted,
+        lambda *parts: Pivoted(*parts).dense(),
+    ),
 }

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.checkpoint.writer import Shard, TensorSpec, plan_shards
-from lowrank_kit.compression.allocation import ALLOCATIONS, factor_numbers, saves
+from lowrank_kit.compression.allocation import ALLOCATIONS
+from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.errors import UsageError
 
@@ -21,13 +22,15 @@ class PlannedMatrix:
 
     Args:
         stored: the matrix and where it is on disk.
-        rank: of its factors, None if it stays dense.
+        rank: of what is stored, None if it stays dense.
         reason: why it stays dense, "" if it does not.
+        form: of storage, see `FORMS`; without meaning if it stays dense.
     """
 
     stored: StoredMatrix
     rank: int | None
     reason: str
+    form: str = "factors"
 
     @property
     def numbers_before(self) -> int:
@@ -37,7 +40,9 @@ class PlannedMatrix:
     @property
     def numbers_after(self) -> int:
         """Numbers stored for it."""
-        return self.numbers_before if self.rank is None else factor_numbers(self.stored.matrix.shape, self.rank)
+        if self.rank is None:
+            return self.numbers_before
+        return FORMS[self.form].numbers(self.stored.matrix.shape, self.rank)
 
     def row(self) -> dict[str, Any]:
         """One row of the plan's table."""
@@ -49,7 +54,7 @@ class PlannedMatrix:
             "out": matrix.shape[0],
             "in": matrix.shape[1],
             "rank": self.rank,
-            "form": "dense" if self.rank is None else "factors",
+            "form": "dense" if self.rank is None else self.form,
             "kept": self.numbers_after / self.numbers_before,
             "note": self.reason,
         }
@@ -95,7 +100,7 @@ class Plan:
 
     def quantization_config(self) -> dict[str, dict[str, Any]]:
         """Module path -> rank and form, of the factorized matrices."""
-        return {m.stored.matrix.name: {"rank": m.rank, "form": "factors"} for m in self.matrices if m.rank is not None}
+        return {m.stored.matrix.name: {"rank": m.rank, "form": m.form} for m in self.matrices if m.rank is not None}
 
 
 def make_plan(checkpoint: Checkpoint, settings: CompressSettings) -> Plan:
@@ -112,42 +117,40 @@ def make_plan(checkpoint: Checkpoint, settings: CompressSettings) -> Plan:
         )
     stored = checkpoint.matrices()
     ranks = ALLOCATIONS[settings.allocation]([s.matrix for s in stored], settings.keep)
-    planned = tuple(_decide(s, rank, settings.keep) for s, rank in zip(stored, ranks, strict=True))
+    planned = tuple(_decide(s, rank, settings.keep, settings.form) for s, rank in zip(stored, ranks, strict=True))
     shards = plan_shards(_output_tensors(checkpoint, planned), max_shard_bytes=settings.max_shard_bytes)
     return Plan(checkpoint, settings, planned, tuple(shards))
 
 
-def factor_names(stored: StoredMatrix) -> tuple[str, str, str]:
-    """Names on disk of A, B and the sentinel of a factorized matrix."""
-    path = stored.tensors[0].removesuffix(".weight")
-    return f"{path}.A.weight", f"{path}.B.weight", f"{path}.weight"
+def planned_tensors(planned: PlannedMatrix, dtype: str) -> list[TensorSpec]:
+    """What will be on disk of a factorized matrix, in the order of its form."""
+    assert planned.rank is not None
+    path = planned.stored.tensors[0].removesuffix(".weight")
+    return FORMS[planned.form].tensors(path, dtype, planned.stored.matrix.shape, planned.rank)
 
 
-def _decide(stored: StoredMatrix, rank: int, keep: float) -> PlannedMatrix:
+def _decide(stored: StoredMatrix, rank: int, keep: float, form: str) -> PlannedMatrix:
     if stored.matrix.expert is not None:
         return PlannedMatrix(stored, None, "a fused expert")
     if keep == 1:
         return PlannedMatrix(stored, None, "keep is 1")
-    if not saves(stored.matrix.shape, rank):
+    if FORMS[form].numbers(stored.matrix.shape, rank) >= math.prod(stored.matrix.shape):
         return PlannedMatrix(stored, None, f"rank {rank} would not save anything")
-    return PlannedMatrix(stored, rank, "")
+    return PlannedMatrix(stored, rank, "", form)
 
 
 def _output_tensors(checkpoint: Checkpoint, planned: tuple[PlannedMatrix, ...]) -> Iterator[list[TensorSpec]]:
-    """What will be on disk, in the order of the source: factors in the place of their matrix, B's bias for its bias."""
+    """What will be on disk, in the order of the source: what is stored of a matrix in its place."""
     factorized = {p.stored.tensors[0]: p for p in planned if p.rank is not None}
     for header in checkpoint.headers.values():
         if (p := factorized.get(header.name)) is not None:
-            assert p.rank is not None
-            A, B, sentinel = factor_names(p.stored)
-            out_features, in_features = p.stored.matrix.shape
-            shapes = {A: (p.rank, in_features), B: (out_features, p.rank), sentinel: (1,)}
-            yield [(name, header.dtype, shape) for name, shape in shapes.items()]
+            yield planned_tensors(p, header.dtype)
         else:
             yield [(output_name(header.name, factorized), header.dtype, header.shape)]
 
 
-def output_name(name: str, factorized: Container[str]) -> str:
-    """Name in the output of a tensor that is no factorized matrix: the bias of one becomes `X.B.bias`."""
+def output_name(name: str, factorized: Mapping[str, PlannedMatrix]) -> str:
+    """Name in the output of a tensor that is no factorized matrix: the bias of two factors becomes `X.B.bias`."""
     path, _, leaf = name.rpartition(".")
-    return f"{path}.B.bias" if leaf == "bias" and f"{path}.weight" in factorized else name
+    planned = factorized.get(f"{path}.weight")
+    return f"{path}.B.bias" if leaf == "bias" and planned is not None and planned.form == "factors" else name

@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lowrank_kit.checkpoint.card import compressed_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
 from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
-from lowrank_kit.checkpoint.quantizer import FORMAT_VERSION, QUANT_METHOD
+from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
 from lowrank_kit.checkpoint.writer import Shard, write_shards
+from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.objectives import OBJECTIVES
-from lowrank_kit.compression.plan import Plan, PlannedMatrix, factor_names, make_plan, output_name
+from lowrank_kit.compression.plan import Plan, PlannedMatrix, make_plan, output_name, planned_tensors
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import input_grams
 from lowrank_kit.compression.texts import Texts, draw_texts
@@ -175,10 +175,8 @@ def _factors(
     matrix = planned.stored.matrix
     factors = factorize(planned.stored.weight(tensor), grams.get(matrix.shares_input))
     errors[matrix.name] = factors.relative_error(planned.rank)
-    cut = factors.truncate(planned.rank)
-    A, B, sentinel = factor_names(planned.stored)
-    dtype = tensor.dtype
-    return {A: cut.A.to(dtype), B: cut.B.to(dtype), sentinel: torch.zeros(1, dtype=dtype)}
+    names = [name for name, _, _ in planned_tensors(planned, "F32")]
+    return dict(zip(names, FORMS[planned.form].stored(factors.truncate(planned.rank), tensor.dtype), strict=True))
 
 
 def _report(plan: Plan, model: str, calibration: Calibration | None, errors: dict[str, float]) -> dict[str, Any]:
@@ -203,7 +201,7 @@ def _write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
     if matrices := plan.quantization_config():
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": needed_version(matrices),
             "matrices": matrices,
         }
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
@@ -213,6 +211,7 @@ def _write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
         "keep": f"{settings.keep:g} of the numbers of the matrices",
         "objective": f"{settings.objective} ({OBJECTIVES[settings.objective].title})",
         "allocation": settings.allocation,
+        "form": f"{settings.form} ({FORMS[settings.form].title})",
         "calibration": report["calibration"]
         and "{source}, {tokens:,} tokens, sha256 {sha256}".format(**report["calibration"]),
         "seed": settings.seed,

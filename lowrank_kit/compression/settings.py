@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lowrank_kit.checkpoint.writer import MAX_SHARD_BYTES
 from lowrank_kit.compression.allocation import ALLOCATIONS
+from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.errors import UsageError, did_you_mean
 
@@ -18,6 +19,7 @@ class CompressSettings:
         keep: fraction of the numbers of the matrices that is kept, 0 < keep <= 1.
         objective: what the factors minimize, see `OBJECTIVES`.
         allocation: how the budget becomes ranks, see `ALLOCATIONS`.
+        form: how a factorized matrix is stored, see `FORMS`.
         text: text source of the calibration; None is the standard library. Its held-out part is left alone.
         calibration_blocks: sequences of calibration text.
         check_blocks: sequences apart from the calibration, on which errors are measured.
@@ -28,12 +30,13 @@ class CompressSettings:
         seed: of the choice of calibration text.
 
     Raises:
-        UsageError: keep outside (0, 1], an unknown objective or allocation, a size below 1.
+        UsageError: keep outside (0, 1], an unknown objective, allocation or form, a size below 1.
     """
 
     keep: float
     objective: str = "whiten"
     allocation: str = "uniform"
+    form: str = "factors"
     text: str | None = None
     calibration_blocks: int = 128
     check_blocks: int = 32
@@ -49,7 +52,7 @@ class CompressSettings:
                 f"keep must be in (0, 1], got {self.keep:g}: it is the fraction of the matrices' numbers that is kept",
                 hint="--keep 0.6 keeps 60 % and removes 40 %",
             )
-        for name, choices in (("objective", OBJECTIVES), ("allocation", ALLOCATIONS)):
+        for name, choices in (("objective", OBJECTIVES), ("allocation", ALLOCATIONS), ("form", FORMS)):
             value = getattr(self, name)
             if value not in choices:
                 raise UsageError(f'unknown {name} "{value}"', hint=did_you_mean(value, choices))

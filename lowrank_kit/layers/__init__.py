@@ -1,6 +1,8 @@
 """Low-rank layers and how they get into a model."""
 
 from lowrank_kit.layers.linear import LowRankLinear as LowRankLinear
+from lowrank_kit.layers.pivoted import PivotedLinear as PivotedLinear
+from lowrank_kit.layers.surgery import LAYERS as LAYERS
 from lowrank_kit.layers.surgery import exchange_linear as exchange_linear
 
 LOW_RANK_LAYERS = (LowRankLinear,)

@@ -50,6 +50,31 @@ class Factors:
         return (energy[rank:].sum().item() / total) ** 0.5 if total > 0 else 0.0
 
 
+def weighted_error(W_OI: Tensor, approximation_OI: Tensor, gram_II: Tensor | None = None) -> float:
+    """|(W' - W) H^{1/2}|_F / |W H^{1/2}|_F: relative error of the outputs, or of the weights where H is None.
+
+    Args:
+        W_OI: [O, I], any float dtype.
+        approximation_OI: W', [O, I], any float dtype.
+        gram_II: H, [I, I], symmetric positive semidefinite; any positive scale.
+
+    Returns:
+        0 for an exact W' and infinity for another one of a W without outputs.
+    """
+    dtype = working_dtype(min(W_OI.shape), W_OI.device)
+    W_OI = W_OI.to(dtype)
+
+    def energy(M_OI: Tensor) -> float:
+        weighted_OI = M_OI if gram_II is None else M_OI @ gram_II.to(dtype)
+        # Rounding may leave a sum of zeros just below zero.
+        return max((weighted_OI * M_OI).sum().item(), 0.0)
+
+    error, total = energy(approximation_OI.to(dtype) - W_OI), energy(W_OI)
+    if total == 0:
+        return float("inf") if error > 0 else 0.0
+    return (error / total) ** 0.5
+
+
 def working_dtype(side: int, device: torch.device) -> torch.dtype:
     """dtype of a decomposition: float64 on CPU up to FLOAT64_SIDE, else float32."""
     return torch.float64 if side <= FLOAT64_SIDE and device.type == "cpu" else torch.float32

@@ -31,7 +31,7 @@ class MatrixSpectrum:
         block: index of its block, None outside the blocks.
         expert: index of its expert, None for a plain matrix.
         shape: (out, in).
-        factor_rank: rank of the stored factors, None for a dense matrix.
+        factor_rank: rank of what is stored, None for a dense matrix.
         singular_values: [min(out, in)] float64, descending.
         frobenius: Frobenius norm.
         stable_rank: (Frobenius / spectral norm)^2.
@@ -99,7 +99,7 @@ class Spectra:
 def measure(checkpoint: Checkpoint, *, progress: bool = True) -> Spectra:
     """Measure every matrix of a checkpoint, dense or compressed.
 
-    A shard is read once and one tensor is held at a time, besides the factors whose other half lies further on.
+    A shard is read once and one tensor is held at a time, besides the parts of a compressed matrix until all are read.
 
     Args:
         checkpoint: an open checkpoint.
@@ -137,12 +137,14 @@ def measure_matrix(stored: StoredMatrix, *tensors: Tensor) -> MatrixSpectrum:
     """
     matrix = stored.matrix
     if stored.compressed:
-        parts, factor_rank = tensors, tensors[1].shape[0]
+        for tensor in tensors:
+            _check_finite(tensor, matrix.name)
+        B, A = stored.factors(*tensors)
+        factor_rank, s_S = len(A), singular_values_of_factors(B, A)
     else:
-        parts, factor_rank = (stored.weight(*tensors),), None
-    for part in parts:
-        _check_finite(part, matrix.name)
-    s_S = singular_values_of_factors(*parts) if stored.compressed else singular_values(parts[0])
+        W = stored.weight(*tensors)
+        _check_finite(W, matrix.name)
+        factor_rank, s_S = None, singular_values(W)
     return MatrixSpectrum(
         name=matrix.name,
         role=matrix.role,

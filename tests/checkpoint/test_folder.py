@@ -146,6 +146,20 @@ def test_factors_of_a_transposed_matrix_are_not_transposed(tmp_path: Path) -> No
     assert (stored.matrix.name, stored.matrix.transposed, W.shape) == (name, False, (96, 32))
 
 
+def test_a_pivoted_matrix_is_found(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path)
+    name = "transformer.h.0.attn.c_attn"
+    A, C, index = torch.randn(5, 32), torch.randn(91, 5), torch.randperm(96).int()
+    parts = {f"{name}.A.weight": A, f"{name}.C.weight": C, f"{name}.index": index, f"{name}.weight": torch.zeros(1)}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(parts))
+    (stored, W), *others = weights(Checkpoint.open(tmp_path))
+    assert (stored.matrix.name, stored.matrix.transposed, stored.compressed) == (name, False, True)
+    assert stored.tensors == tuple(f"{name}.{leaf}" for leaf in ("A.weight", "C.weight", "index"))
+    rows = [*A.double(), *(C.double() @ A.double())]
+    torch.testing.assert_close(W, torch.stack([rows[place] for place in index.tolist()]))
+    assert not any(other.compressed for other, _ in others)
+
+
 def set_tensors(**changes: Tensor | None) -> Callable[[dict[str, Tensor]], object]:
     def edit(tensors: dict[str, Tensor]) -> None:
         for part, tensor in changes.items():
@@ -170,6 +184,12 @@ def set_tensors(**changes: Tensor | None) -> Callable[[dict[str, Tensor]], objec
         (
             set_tensors(weight=torch.zeros(1), A_weight=torch.zeros(5, 32), B_weight=torch.zeros(30, 5)),
             rf"factors {Q}.B.weight \[30, 5\]",
+        ),
+        (
+            set_tensors(
+                weight=torch.zeros(1), A_weight=torch.zeros(5, 32), C_weight=torch.zeros(26, 5), index=torch.arange(32)
+            ),
+            rf"pivoted {Q}.A.weight \[5, 32\] and {Q}.C.weight \[26, 5\] and {Q}.index \[32\] do not make matrix {Q}",
         ),
     ],
 )

@@ -30,12 +30,14 @@ from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import LowRankConfig
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.layers import LowRankLinear
+from lowrank_kit.layers import LAYERS, LowRankLinear, PivotedLinear, exchange_linear
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.optim import parameter_groups
 from tests.families import FAMILIES, build, token_ids
 
 KEEP = 0.6
+Layer = LowRankLinear | PivotedLinear
+both_forms = pytest.mark.parametrize("form", LAYERS)
 # float32 logits of size 4 after two blocks: W x and B (A x) differ by some hundred roundings of 2^-24 each. Another
 # rank, or a factor in the wrong place, moves them by 0.1 and more.
 LOGITS_ATOL = 3e-5
@@ -44,24 +46,24 @@ SHARD_BYTES = 20_000
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """`folders(family)`: the dense folder and the one compressed from it, made once."""
-    made: dict[str, tuple[Path, Path]] = {}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """`folders(family, form="factors")`: the dense folder and the one compressed from it, made once."""
+    made: dict[tuple[str, str], tuple[Path, Path]] = {}
 
-    def make(family: str) -> tuple[Path, Path]:
-        if family not in made:
+    def make(family: str, form: str = "factors") -> tuple[Path, Path]:
+        if (family, form) not in made:
             root = tmp_path_factory.mktemp(family)
             build(family).save_pretrained(root / "dense")
-            settings = CompressSettings(keep=KEEP, objective="plain", max_shard_bytes=SHARD_BYTES)
+            settings = CompressSettings(keep=KEEP, objective="plain", form=form, max_shard_bytes=SHARD_BYTES)
             compress(root / "dense", root / "compressed", settings)
-            made[family] = root / "dense", root / "compressed"
-        return made[family]
+            made[family, form] = root / "dense", root / "compressed"
+        return made[family, form]
 
     return make
 
 
 @pytest.fixture
-def compressed(folders: Callable[[str], tuple[Path, Path]]) -> Path:
+def compressed(folders: Callable[..., tuple[Path, Path]]) -> Path:
     return folders("llama")[1]
 
 
@@ -70,19 +72,20 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(input_ids=token_ids(), use_cache=False).logits
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+def low_rank_layers(model: nn.Module) -> dict[str, Layer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+@both_forms
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_dense_model_with_BA_for_W(
-    family: str, folders: Callable[[str], tuple[Path, Path]]
+    family: str, form: str, folders: Callable[..., tuple[Path, Path]]
 ) -> None:
-    dense_folder, compressed_folder = folders(family)
+    dense_folder, compressed_folder = folders(family, form)
     assert len(list(compressed_folder.glob("*.safetensors"))) > 1
     model, found = AutoModelForCausalLM.from_pretrained(compressed_folder, output_loading_info=True)
     assert not any(found.values())
@@ -91,6 +94,7 @@ def test_logits_are_those_of_the_dense_model_with_BA_for_W(
     layers = low_rank_layers(model)
     plain = [matrix for matrix in find_matrices(dense) if matrix.expert is None]
     assert set(layers) == {matrix.name for matrix in plain}
+    assert {type(layer) for layer in layers.values()} == {LAYERS[form]}
     for name, layer in layers.items():
         old = dense.get_submodule(name)
         m, n = layer.out_features, layer.in_features
@@ -102,16 +106,21 @@ def test_logits_are_those_of_the_dense_model_with_BA_for_W(
             best = torch.linalg.svdvals(W.double())[layer.rank :].norm()
             assert torch.isclose((W - BA).double().norm(), best, rtol=1e-4)
             W.copy_(BA)
-        assert (layer.B.bias is None) == (old.bias is None)
+        bias = layer.bias if isinstance(layer, PivotedLinear) else layer.B.bias
+        assert (bias is None) == (old.bias is None)
+        assert bias is None or torch.equal(old.bias, bias)
     expected = logits(dense)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=LOGITS_ATOL)
     # The comparison says something: the factors are not the whole of the weights.
     assert (expected - before).abs().max() > 0.1
 
 
+@both_forms
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_again_it_is_the_same(family: str, folders: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    _, folder = folders(family)
+def test_saved_again_it_is_the_same(
+    family: str, form: str, folders: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    _, folder = folders(family, form)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path)
     again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -122,11 +131,13 @@ def test_saved_again_it_is_the_same(family: str, folders: Callable[[str], tuple[
         json.loads((path / "config.json").read_text())["quantization_config"] for path in (folder, tmp_path)
     )
     assert after == before
+    assert after["format_version"] == {"factors": 1, "pivoted": 2}[form]
+    assert {entry["form"] for entry in after["matrices"].values()} == {form}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_keep_1_is_the_dense_model_exactly(
-    family: str, folders: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    family: str, folders: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     dense_folder, _ = folders(family)
     compress(dense_folder, tmp_path / "whole", CompressSettings(keep=1.0))
@@ -137,24 +148,29 @@ def test_keep_1_is_the_dense_model_exactly(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("device_map", [None, "auto", "cpu"])
-def test_device_map(family: str, device_map: str | None, folders: Callable[[str], tuple[Path, Path]]) -> None:
+def test_device_map(family: str, device_map: str | None, folders: Callable[..., tuple[Path, Path]]) -> None:
     _, folder = folders(family)
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder)))
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
-def test_dtype(dtype: torch.dtype | str, compressed: Path) -> None:
+def test_dtype(dtype: torch.dtype | str, form: str, folders: Callable[..., tuple[Path, Path]]) -> None:
+    _, compressed = folders("llama", form)
     model = AutoModelForCausalLM.from_pretrained(compressed, dtype=dtype)
     wanted = torch.float32 if dtype == "auto" else dtype
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {wanted}
+    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {dtype for name, dtype in found.items() if not name.endswith(".index")} == {wanted}
+    assert {dtype for name, dtype in found.items() if name.endswith(".index")} <= {torch.int32}
     expected = logits(AutoModelForCausalLM.from_pretrained(compressed))
     # bfloat16 has 8 bits: two blocks deep some 2 % of logits of size 4.
     torch.testing.assert_close(logits(model).float(), expected, rtol=0, atol=0 if wanted == torch.float32 else 0.15)
 
 
-def test_generates(folders: Callable[[str], tuple[Path, Path]]) -> None:
-    _, folder = folders("llama")
+@both_forms
+def test_generates(form: str, folders: Callable[..., tuple[Path, Path]]) -> None:
+    _, folder = folders("llama", form)
     model = AutoModelForCausalLM.from_pretrained(folder)
     prompt = token_ids(1, 5)
     generated = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -165,9 +181,10 @@ def test_generates(folders: Callable[[str], tuple[Path, Path]]) -> None:
         assert scores.argmax() == generated[0, end]
 
 
+@both_forms
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_without_a_head_or_with_another(family: str, folders: Callable[[str], tuple[Path, Path]]) -> None:
-    _, folder = folders(family)
+def test_without_a_head_or_with_another(family: str, form: str, folders: Callable[..., tuple[Path, Path]]) -> None:
+    _, folder = folders(family, form)
     whole = AutoModelForCausalLM.from_pretrained(folder)
     base = AutoModel.from_pretrained(folder)
     assert len(low_rank_layers(base)) == len(low_rank_layers(whole))
@@ -179,7 +196,7 @@ def test_without_a_head_or_with_another(family: str, folders: Callable[[str], tu
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma"])
-def test_tied_embeddings_stay_tied(family: str, folders: Callable[[str], tuple[Path, Path]]) -> None:
+def test_tied_embeddings_stay_tied(family: str, folders: Callable[..., tuple[Path, Path]]) -> None:
     _, folder = folders(family)
     assert "lm_head.weight" not in stored(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -196,7 +213,7 @@ def test_the_dtype_of_the_source_is_kept(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
 
 
-def test_a_folder_without_the_base_prefix(tmp_path: Path, folders: Callable[[str], tuple[Path, Path]]) -> None:
+def test_a_folder_without_the_base_prefix(tmp_path: Path, folders: Callable[..., tuple[Path, Path]]) -> None:
     """The hub's gpt2 has names such as h.0.attn.c_attn.weight."""
     dense, compressed = folders("gpt2")
     shutil.copytree(dense, tmp_path / "dense")
@@ -209,8 +226,9 @@ def test_a_folder_without_the_base_prefix(tmp_path: Path, folders: Callable[[str
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(compressed)))
 
 
-def test_training_it(compressed: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(compressed)
+@both_forms
+def test_training_it(form: str, folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders("llama", form)[1])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(4)]
     arguments = TrainingArguments(
@@ -224,9 +242,10 @@ def test_training_it(compressed: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_its_factors_are_matrices_to_the_optimizer(compressed: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(compressed)
-    wanted = {id(p) for layer in low_rank_layers(model).values() for p in (layer.A.weight, layer.B.weight)}
+@both_forms
+def test_its_factors_are_matrices_to_the_optimizer(form: str, folders: Callable[..., tuple[Path, Path]]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders("llama", form)[1])
+    wanted = {id(p) for layer in low_rank_layers(model).values() for p in layer.parameters()}
     groups = {group["name"]: group for group in parameter_groups(model, rule="numuon", lr=1e-3)}
     assert {id(p) for p in groups["matrices"]["params"]} == wanted
 
@@ -250,6 +269,22 @@ def test_the_tensor_parallel_plan_splits_the_factors(compressed: Path) -> None:
     assert not [name for name in plan if name.endswith("_proj")]
 
 
+def test_what_stands_beside_a_pivoted_layer_stays_whole(tmp_path: Path) -> None:
+    """The output of a pivoted q is whole, so attention has all heads, and o reads all of them."""
+    model = build("qwen3")
+    forms = {matrix.name: "factors" for matrix in find_matrices(model)} | {"model.layers.1.self_attn.q_proj": "pivoted"}
+    for name, form in forms.items():
+        exchange_linear(model, name, 8, form)
+    model.config.quantization_config = LowRankConfig({name: {"rank": 8, "form": form} for name, form in forms.items()})
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    plan = loaded.tp_plan
+    assert not [name for name in plan if "self_attn" in name]
+    assert plan["model.layers.*.mlp.up_proj.B"] == "colwise"
+
+
 def changed_config(folder: Path, copy: Path, **changes: object) -> Path:
     shutil.copytree(folder, copy)
     config = json.loads((copy / "config.json").read_text())
@@ -262,15 +297,19 @@ def changed_config(folder: Path, copy: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         (
-            {"format_version": 2},
-            r"format version 2, this lowrank-kit reads up to 1\nhint: pip install --upgrade lowrank-",
+            {"format_version": 3},
+            r"format version 3, this lowrank-kit reads up to 2\nhint: pip install --upgrade lowrank-",
         ),
         ({"format_version": "new"}, "format version 'new'"),
-        ({"matrices": {"model.layers.0.mlp.up_proj": {"rank": 4, "form": "pivoted"}}}, "up_proj .* form 'pivoted'"),
+        ({"matrices": {"model.layers.0.mlp.up_proj": {"rank": 4, "form": "folded"}}}, "up_proj .* form 'folded'"),
+        (
+            {"matrices": {"model.layers.0.mlp.up_proj": {"rank": 48, "form": "pivoted"}}},
+            "up_proj has 48 outputs: a pivoted layer of rank 48",
+        ),
         ({"matrices": {"model.layers.0.mlp.up_proj": {"rank": 0, "form": "factors"}}}, "up_proj has rank 0"),
         ({"matrices": {"model.layers.7.mlp.up_proj": {"rank": 4, "form": "factors"}}}, "no such module"),
     ],
-    ids=["newer", "no-number", "form", "rank", "module"],
+    ids=["newer", "no-number", "form", "no-others", "rank", "module"],
 )
 def test_a_config_that_it_cannot_read(
     compressed: Path, tmp_path: Path, changes: dict[str, object], message: str
@@ -287,7 +326,7 @@ def test_extra_keys_of_the_config_are_kept(compressed: Path, tmp_path: Path) -> 
     assert config["quantization_config"]["made_by"] == "somebody"
 
 
-def test_quantizing_on_the_fly_is_refused(folders: Callable[[str], tuple[Path, Path]]) -> None:
+def test_quantizing_on_the_fly_is_refused(folders: Callable[..., tuple[Path, Path]]) -> None:
     dense, _ = folders("llama")
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(dense, quantization_config=LowRankConfig())
@@ -296,7 +335,7 @@ def test_quantizing_on_the_fly_is_refused(folders: Callable[[str], tuple[Path, P
 # The package and the import that registers it
 
 LOAD = "from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained({folder!r}); "
-COUNT = "print(sum(type(layer).__name__ == 'LowRankLinear' for layer in m.modules()))"
+COUNT = "print(sum(type(layer).__name__ in ('LowRankLinear', 'PivotedLinear') for layer in m.modules()))"
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -317,8 +356,9 @@ def test_either_order_of_imports(order: str, compressed: Path) -> None:
     assert done.stdout == "14\n", done.stderr
 
 
-def test_without_the_import_loading_fails_loudly(compressed: Path) -> None:
-    done = python(LOAD.format(folder=str(compressed)) + COUNT)
+@both_forms
+def test_without_the_import_loading_fails_loudly(form: str, folders: Callable[..., tuple[Path, Path]]) -> None:
+    done = python(LOAD.format(folder=str(folders("llama", form)[1])) + COUNT)
     assert done.returncode != 0
     assert done.stdout == ""
     assert "mismatch" in done.stderr.lower()
@@ -357,7 +397,7 @@ def test_load_model_refuses_missing_tensors(tiny_llama_folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"], ids=["raises", "loads-empty"])
-def test_load_tokenizer_refuses_a_folder_without(family: str, folders: Callable[[str], tuple[Path, Path]]) -> None:
+def test_load_tokenizer_refuses_a_folder_without(family: str, folders: Callable[..., tuple[Path, Path]]) -> None:
     dense, _ = folders(family)
     with pytest.raises(lowrank_kit.errors.UsageError, match="no tokenizer"):
         load_tokenizer(dense)

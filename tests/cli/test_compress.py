@@ -50,6 +50,18 @@ def test_compress(model: Path, pages: str, tmp_path: Path, capsys: pytest.Captur
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_pivoted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--keep", "0.5", "--objective", "plain", "--form", "pivoted"]
+    assert run(["compress", str(model), *options, "--dry-run"]) == 0
+    assert sum(" pivoted " in line for line in capsys.readouterr().out.splitlines()) == 14
+    assert run(command(model, tmp_path / "out", *options)) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    assert {entry["form"] for entry in config["matrices"].values()} == {"pivoted"}
+    _, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found.values())
+
+
 def test_json_is_one_document(model: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(model, tmp_path / "out", "--keep", "0.5", "--text", pages, "--json", "--seed", "3")) == 0
     document = json.loads(capsys.readouterr().out)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression.allocation import factor_numbers, saves, uniform
+from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.plan import Plan, make_plan
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
@@ -77,12 +78,13 @@ def plan_of(folder: Path, **given: object) -> Plan:
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     keep=st.floats(0.01, 1.0),
     most=st.sampled_from([1, 3_000, 30_000, 10**9]),
+    form=st.sampled_from(list(FORMS)),
 )
 def test_bytes_written_are_the_bytes_planned(
-    dense: Callable[..., Path], family: str, dtype: torch.dtype, keep: float, most: int
+    dense: Callable[..., Path], family: str, dtype: torch.dtype, keep: float, most: int, form: str
 ) -> None:
     source = dense(family, dtype)
-    plan = plan_of(source, keep=keep, max_shard_bytes=most)
+    plan = plan_of(source, keep=keep, max_shard_bytes=most, form=form)
     with TemporaryDirectory() as parent:
         output = Path(parent, "out")
         report = compress(source, output, plan.settings)
@@ -196,6 +198,7 @@ def test_keep_outside_0_to_1(keep: float) -> None:
         ({"objective": "whitten"}, 'unknown objective "whitten"\nhint: did you mean "whiten"?'),
         ({"objective": "x"}, 'unknown objective "x"\nhint: choose from: plain, whiten'),
         ({"allocation": "unifrom"}, 'unknown allocation "unifrom"\nhint: did you mean "uniform"?'),
+        ({"form": "pivot"}, 'unknown form "pivot"\nhint: did you mean "pivoted"?'),
         ({"calibration_blocks": 0}, "calibration_blocks must be at least 1, got 0\nhint: --calibration-blocks 128"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0\nhint: --batch-size 8"),
         ({"max_shard_bytes": 0}, "max_shard_bytes must be at least 1, got 0\nhint: --max-shard-bytes 5000000000"),

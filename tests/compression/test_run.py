@@ -23,7 +23,7 @@ from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.data.blocks import token_blocks
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.layers import LowRankLinear
+from lowrank_kit.layers import LAYERS
 
 BLOCKS, BLOCK_TOKENS = 24, 32
 
@@ -54,9 +54,9 @@ def inputs_of(model: LlamaForCausalLM, names: list[str], ids: Tensor) -> dict[st
 
 def low_rank_weights(folder: Path) -> dict[str, Tensor]:
     """B A of every factorized matrix, in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
-    return {name: layer.B.weight.double() @ layer.A.weight.double() for name, layer in layers.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, tuple(LAYERS.values()))}
+    return {name: layer.dense_weight().detach() for name, layer in layers.items()}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,25 @@ def test_whiten_is_better_on_outputs_and_both_report_what_they_reach(
         # Factors are stored in float32, the Gram is made of float32 products.
         assert math.isclose(reported["plain"][name], weight_error["plain"].item(), rel_tol=1e-5)
         assert math.isclose(reported["whiten"][name], output_error["whiten"].item(), rel_tol=1e-5)
+
+
+def test_pivoted_is_the_same_in_fewer_numbers(
+    outputs: dict[str, Path], tiny_llama_folder: Path, text_file: str, tmp_path: Path
+) -> None:
+    report = compress(tiny_llama_folder, tmp_path / "out", settings_for(text_file, form="pivoted"))
+    factors = report_of(outputs["whiten"])
+    pivoted, two = low_rank_weights(tmp_path / "out"), low_rank_weights(outputs["whiten"])
+    assert pivoted.keys() == two.keys()
+    for name, W in two.items():
+        # Both are rounded to float32.
+        assert (pivoted[name] - W).norm() < 1e-6 * W.norm()
+    for row, other in zip(report["matrices"], factors["matrices"], strict=True):
+        assert (row["form"], other["form"]) == ("pivoted", "factors")
+        assert row["rank"] == other["rank"]
+        # r^2 fewer, and an index.
+        saved = round((other["kept"] - row["kept"]) * row["out"] * row["in"])
+        assert saved == row["rank"] ** 2 - row["out"]
+    assert "- form: pivoted (r rows" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_report_and_card(outputs: dict[str, Path], tiny_llama_folder: Path, text_file: str) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.layers import LowRankLinear, exchange_linear
+from lowrank_kit.layers import LAYERS, LowRankLinear, PivotedLinear, exchange_linear
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -52,6 +52,7 @@ def test_repr_tells_the_sizes() -> None:
     assert repr(LowRankLinear(7, 5, 3)).startswith("LowRankLinear(\n  in_features=7, out_features=5, rank=3")
 
 
+@pytest.mark.parametrize("form", LAYERS)
 @pytest.mark.parametrize(
     "old",
     [
@@ -63,13 +64,15 @@ def test_repr_tells_the_sizes() -> None:
     ],
     ids=["bias", "no-bias", "conv1d", "bfloat16", "meta"],
 )
-def test_exchange_keeps_what_belongs_to_the_layer(old: nn.Module) -> None:
+def test_exchange_keeps_what_belongs_to_the_layer(old: nn.Linear | Conv1D, form: str) -> None:
     model = nn.ModuleDict({"block": nn.ModuleDict({"proj": old})})
-    new = exchange_linear(model, "block.proj", 3)
+    new = exchange_linear(model, "block.proj", 3, form)
+    assert type(new) is LAYERS[form]
     assert model.get_submodule("block.proj") is new
     assert (new.in_features, new.out_features, new.rank) == (7, 5, 3)
-    assert (new.B.bias is None) == (old.bias is None)
-    assert {tensor.dtype for tensor in new.state_dict().values()} == {old.weight.dtype}
+    bias = new.bias if isinstance(new, PivotedLinear) else new.B.bias
+    assert (bias is None) == (old.bias is None)
+    assert {tensor.dtype for name, tensor in new.state_dict().items() if name != "index"} == {old.weight.dtype}
     assert {tensor.device for tensor in new.state_dict().values()} == {old.weight.device}
 
 

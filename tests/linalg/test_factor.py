@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_kit.linalg.factor import Factors, truncated_svd, whitened_svd
+from lowrank_kit.linalg.factor import Factors, truncated_svd, weighted_error, whitened_svd
 from tests.linalg.cases import CASES, DTYPES
 
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)]
@@ -205,3 +205,21 @@ def test_contract(decompose: Callable[[Tensor], Factors], case: str, dtype: torc
         assert full.relative_error(rank) < 1e-7
     if rank == 0:
         assert full.relative_error(1) == 0.0
+
+
+@pytest.mark.parametrize("tokens", [40, 4], ids=["full-rank Gram", "rank-deficient Gram"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weighted_error_is_that_of_the_outputs(shape: tuple[int, int], tokens: int) -> None:
+    W, other, X = torch.randn(shape), torch.randn(shape), activations(shape[1], tokens)
+    # In float64 whatever comes in: differences of float32 numbers would be off by 1e-8.
+    difference = other.double() - W.double()
+    on_outputs, on_weights = (difference @ X).norm() / (W.double() @ X).norm(), difference.norm() / W.double().norm()
+    assert weighted_error(W, other, X @ X.mT) == pytest.approx(on_outputs.item(), rel=1e-9)
+    assert weighted_error(W, other) == pytest.approx(on_weights.item(), rel=1e-9)
+    assert weighted_error(W, W, X @ X.mT) == weighted_error(W, W) == 0.0
+
+
+def test_weighted_error_of_no_outputs() -> None:
+    zero = torch.zeros(3, 4)
+    assert weighted_error(zero, zero) == 0.0
+    assert weighted_error(zero, torch.ones(3, 4)) == float("inf")

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.headers import INDEX_FILE, SINGLE_FILE
+from lowrank_kit.compression.run import compress
+from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.spectra.measure import (
     MEASURES,
@@ -124,6 +126,20 @@ def test_factors_in_two_shards(tmp_path: Path, tiny_llama_folder: Path, swap: bo
     assert all(other.factor_rank is None for other in others)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_pivoted_matrices(tmp_path: Path, family: str) -> None:
+    """What numpy finds in the weights that the layers of the loaded model have, spread over several shards."""
+    build(family).save_pretrained(tmp_path / "dense")
+    settings = CompressSettings(keep=0.5, objective="plain", form="pivoted", max_shard_bytes=2_000)
+    compress(tmp_path / "dense", tmp_path / "out", settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").double()
+    for row in spectra_of(tmp_path / "out").rows:
+        layer = model.get_submodule(row.name)
+        assert (row.factor_rank, row.shape) == (layer.rank, (layer.out_features, layer.in_features))
+        W = layer.dense_weight().detach().numpy()
+        assert_same_values(row.singular_values, np.linalg.svd(W, compute_uv=False))
+
+
 @given(
     out=st.integers(1, 9),
     columns=st.integers(1, 9),
@@ -142,14 +158,18 @@ def test_singular_values_of_factors(out: int, columns: int, rank: int, scale: fl
 
 
 @pytest.mark.parametrize(("value", "counts"), [(math.nan, "1 NaN and 0 Inf"), (-math.inf, "0 NaN and 1 Inf")])
-@pytest.mark.parametrize("part", ["weight", "A.weight", "B.weight"])
+@pytest.mark.parametrize("part", ["weight", "A.weight", "B.weight", "C.weight"])
 def test_a_number_that_is_not_finite_is_named(
     tmp_path: Path, tiny_llama_folder: Path, value: float, counts: str, part: str
 ) -> None:
     name = "model.layers.1.mlp.up_proj"
     spoiled = {"weight": torch.zeros(80, 32)}
     if part != "weight":
-        spoiled = {"weight": torch.zeros(1), "A.weight": torch.zeros(3, 32), "B.weight": torch.zeros(80, 3)}
+        spoiled = {"weight": torch.zeros(1), "A.weight": torch.zeros(3, 32)}
+        if part == "C.weight":
+            spoiled |= {"C.weight": torch.zeros(77, 3), "index": torch.arange(80, dtype=torch.int32)}
+        else:
+            spoiled["B.weight"] = torch.zeros(80, 3)
     spoiled[part][1, 2] = value
     whole = {f"{name}.{key}": tensor for key, tensor in spoiled.items()}
     folder = changed(tiny_llama_folder, tmp_path / "m", lambda tensors: tensors.update(whole))

@@ -1,0 +1,59 @@
+"""A linear layer of rank r in the pivoted form: r rows of its weight, and coefficients that make the others of them.
+
+Shape legend: O out, I in, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PivotedLinear(nn.Module):
+    """y = cat(A x, C (A x))[index] + bias, with A [R, I] rows of the weight and C [O - R, R].
+
+    Stored as `A.weight`, `C.weight`, `index`, `bias` and `weight`: a sentinel of one number that makes a loader without
+    lowrank-kit stop at a shape mismatch instead of filling in random weights.
+
+    Args:
+        in_features: I.
+        out_features: O, more than R.
+        rank: R.
+        bias: whether there is a bias, of shape [O].
+    """
+
+    weight: Tensor
+    index: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Linear(in_features, rank, bias=False, dtype=dtype, device=device)
+        self.C = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype, device=device)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_buffer("index", torch.arange(out_features, dtype=torch.int32, device=device))
+        self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y for x [..., I]."""
+        kept = self.A(x)
+        y = torch.cat((kept, self.C(kept)), dim=-1).index_select(-1, self.index)
+        # Autocast leaves the bias as it is, and a sum would be of the wider dtype.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense_weight(self) -> Tensor:
+        """The weight, [O, I], in the dtype of its parts."""
+        return torch.cat((self.A.weight, self.C.weight @ self.A.weight)).index_select(0, self.index)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

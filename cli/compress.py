@@ -7,15 +7,30 @@ from typing import Any
 
 import click
 
-from .options import device_option, json_option, output_option, seed_option, verbosity_options
+from .options import AmountType, device_option, json_option, output_option, seed_option, verbosity_options
 from .output import check_new_folder, emit
 
 
 @click.command("compress")
 @click.argument("model")
-@click.option("--keep", type=float, required=True, help="Fraction of the matrices' numbers to keep, 0 < keep <= 1.")
+@click.option("--keep", type=float, default=None, help="Budget: fraction of the numbers to keep, 0 < keep <= 1.")
+@click.option("--params", type=AmountType("numbers"), default=None, help="Budget: most numbers, as 1.2B or 300M.")
+@click.option("--size", type=AmountType("bytes"), default=None, help="Budget: most bytes, as 120MB or 1.2GiB.")
+@click.option(
+    "--scope",
+    type=click.Choice(["matrices", "model"]),
+    default=None,
+    help="What the budget is of; by default the matrices for --keep, the model for --params and --size.",
+)
 @click.option("--objective", metavar="NAME", default="whiten", show_default=True, help="plain or whiten.")
-@click.option("--allocation", metavar="NAME", default="uniform", show_default=True, help="uniform.")
+@click.option(
+    "--allocation",
+    metavar="NAME",
+    default="uniform",
+    show_default=True,
+    help="In which order ranks are bought: uniform, erank, lagrange or loss.",
+)
+@click.option("--align", type=int, default=None, help="What ranks are multiples of.  [default: up to 16, by the shape]")
 @click.option("--form", metavar="NAME", default="factors", show_default=True, help="Of storage: factors or pivoted.")
 @click.option("--text", metavar="SOURCE", default=None, help="Calibration: file, folder, hub:NAME[:split] or stdlib.")
 @click.option("--calibration-blocks", type=int, default=128, show_default=True, help="Sequences of calibration text.")
@@ -42,8 +57,9 @@ def command(
 ) -> None:
     """Factorize a model's matrices to a target size.
 
-    Each matrix of MODEL (a folder or a hub name) becomes two thin ones. The result is a Hugging Face folder that
-    from_pretrained loads after `import lowrank_kit`.
+    Each matrix of MODEL (a folder or a hub name) becomes two thin ones. Exactly one budget: --keep, --params or
+    --size; it is never exceeded. The result is a Hugging Face folder that from_pretrained loads after
+    `import lowrank_kit`.
     """
     from lowrank_kit.errors import UsageError
 
@@ -54,9 +70,12 @@ def command(
     settings = CompressSettings(**given)
     if dry_run:
         from lowrank_kit.checkpoint.folder import Checkpoint
-        from lowrank_kit.compression.plan import make_plan
+        from lowrank_kit.compression.evidence import weight_evidence
+        from lowrank_kit.compression.plan import evidence_needed, make_plan
 
-        plan = make_plan(Checkpoint.open(model), settings)
+        checkpoint = Checkpoint.open(model)
+        evidence = weight_evidence(checkpoint) if evidence_needed(checkpoint, settings) == "weights" else None
+        plan = make_plan(checkpoint, settings, evidence)
         rows = [matrix.row() for matrix in plan.matrices]
         emit({"totals": plan.totals(), "matrices": rows}, _plan_text(plan.totals(), rows), as_json)
         return

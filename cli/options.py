@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,37 @@ class DeviceType(click.ParamType):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             self.fail(f"{value!r} is not one of auto, cpu, mps, cuda, cuda:N.", param, ctx)
         return str(value)
+
+
+# Numbers go by thousands; bytes too, and those with an i by 1024.
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+AMOUNT_UNITS = {
+    "numbers": _THOUSANDS | {"b": 10**9},
+    "bytes": _THOUSANDS
+    | {f"{prefix}b": factor for prefix, factor in _THOUSANDS.items()}
+    | {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
+
+
+class AmountType(click.ParamType):
+    """A whole amount, such as 1500000, 1.5M or 300k, for bytes also 120MB and 1.2GiB; a part of one is dropped.
+
+    Args:
+        unit: what is counted, a key of `AMOUNT_UNITS`.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.name = unit
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        units = AMOUNT_UNITS[self.name]
+        found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?) ?([a-z]*)", value.strip().lower().replace("_", ""))
+        if found is None or found[2] not in units:
+            example = "120MB or 1.2GiB" if self.name == "bytes" else "300M or 1.2B"
+            self.fail(f"{value!r} is not an amount of {self.name}, such as {example}.", param, ctx)
+        return int(Fraction(found[1]) * units[found[2]])
 
 
 seed_option = click.option(

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_kit.checkpoint.headers import TensorHeader, read_headers
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, LowRankConfig
-from lowrank_kit.checkpoint.stored import StoredMatrix, stored_matrices
+from lowrank_kit.checkpoint.stored import StoredMatrix, disk_names, stored_matrices
 from lowrank_kit.errors import LowRankError, UsageError
 
 CONFIG_FILE = "config.json"
@@ -130,6 +130,10 @@ class Checkpoint:
             return stored_matrices(self.meta_model(), self.headers)
         except LowRankError as error:
             raise type(error)(f"{self.path}: {error.message}", hint=error.hint) from error
+
+    def disk_names(self) -> dict[str, str]:
+        """Parameter name -> name on disk, of the parameters that are one tensor there with the same shape."""
+        return disk_names(self.meta_model(), self.headers)
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Read tensors in shard order, one shard open at a time.

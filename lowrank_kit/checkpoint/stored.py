@@ -115,6 +115,22 @@ def stored_matrices(model: PreTrainedModel, headers: Mapping[str, TensorHeader])
     return stored
 
 
+def disk_names(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """Parameter name -> name on disk, of the parameters that are one tensor there with the same shape.
+
+    Args:
+        model: the model, on the meta device.
+        headers: what is on disk.
+    """
+    parameters = model.state_dict()
+    sources = _sources_by_parameter(model, parameters.keys(), headers)
+    return {
+        name: found[0].header.name
+        for name, found in sources.items()
+        if name in parameters and len(found) == 1 and found[0].header.shape == tuple(parameters[name].shape)
+    }
+
+
 def _sources_by_parameter(
     model: PreTrainedModel, parameters: Collection[str], headers: Mapping[str, TensorHeader]
 ) -> dict[str, list[_Source]]:

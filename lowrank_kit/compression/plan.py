@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.stored import StoredMatrix
-from lowrank_kit.checkpoint.writer import Shard, TensorSpec, plan_shards
-from lowrank_kit.compression.allocation import ALLOCATIONS
+from lowrank_kit.checkpoint.writer import Shard, TensorSpec, plan_shards, tensor_bytes
+from lowrank_kit.compression.allocation import ALLOCATIONS, Evidence
+from lowrank_kit.compression.budget import allocate
 from lowrank_kit.compression.forms import FORMS
+from lowrank_kit.compression.ladder import Ladder, ladder
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.errors import UsageError
+from lowrank_kit.errors import DoesNotFitError, UsageError
+
+EXPERT = "a fused expert"
+ALL_DENSE = "the dense model fits the budget"
+BOUGHT_DENSE = "factors of its share would not save anything"
 
 
 @dataclass(frozen=True)
@@ -22,15 +31,29 @@ class PlannedMatrix:
 
     Args:
         stored: the matrix and where it is on disk.
+        dtype: of its numbers on disk, as safetensors says it.
+        form: how it is stored, see `FORMS`; "dense" if it stays dense.
         rank: of what is stored, None if it stays dense.
         reason: why it stays dense, "" if it does not.
         form: of storage, see `FORMS`; without meaning if it stays dense.
     """
 
     stored: StoredMatrix
+    dtype: str
+    form: str
     rank: int | None
     reason: str
     form: str = "factors"
+
+    @property
+    def disk_path(self) -> str:
+        """What the names of its tensors on disk begin with."""
+        return self.stored.tensors[0].removesuffix(".weight")
+
+    def tensors(self) -> list[TensorSpec]:
+        """What will be on disk of a factorized matrix, in the order of its form."""
+        assert self.rank is not None
+        return FORMS[self.form].tensors(self.disk_path, self.dtype, self.stored.matrix.shape, self.rank)
 
     @property
     def numbers_before(self) -> int:
@@ -44,6 +67,14 @@ class PlannedMatrix:
             return self.numbers_before
         return FORMS[self.form].numbers(self.stored.matrix.shape, self.rank)
 
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of its tensors."""
+        shape = self.stored.matrix.shape
+        if self.rank is None:
+            return tensor_bytes(self.dtype, shape)
+        return FORMS[self.form].nbytes(shape, self.rank, self.dtype)
+
     def row(self) -> dict[str, Any]:
         """One row of the plan's table."""
         matrix = self.stored.matrix
@@ -54,7 +85,7 @@ class PlannedMatrix:
             "out": matrix.shape[0],
             "in": matrix.shape[1],
             "rank": self.rank,
-            "form": "dense" if self.rank is None else self.form,
+            "form": self.form,
             "kept": self.numbers_after / self.numbers_before,
             "note": self.reason,
         }
@@ -68,13 +99,17 @@ class Plan:
         checkpoint: the source.
         settings: what was asked for.
         matrices: what becomes of each matrix.
-        shards: the files to write, exact to the byte.
     """
 
     checkpoint: Checkpoint
     settings: CompressSettings
     matrices: tuple[PlannedMatrix, ...]
-    shards: tuple[Shard, ...]
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files to write, exact to the byte."""
+        groups = _output_tensors(self.checkpoint, self.matrices)
+        return tuple(plan_shards(groups, max_shard_bytes=self.settings.max_shard_bytes))
 
     def totals(self) -> dict[str, int | float]:
         """Kept and removed, in numbers and bytes, of the matrices and of the whole model."""
@@ -102,49 +137,143 @@ class Plan:
         """Module path -> rank and form, of the factorized matrices."""
         return {m.stored.matrix.name: {"rank": m.rank, "form": m.form} for m in self.matrices if m.rank is not None}
 
+    @property
+    def spent(self) -> int:
+        """What the budget counts: numbers or bytes, of the matrices or of the model."""
+        if self.settings.budget_scope == "matrices":
+            bytes_asked = self.settings.budget == "size"
+            return sum(m.bytes_after if bytes_asked else m.numbers_after for m in self.matrices)
+        if self.settings.budget == "size":
+            return sum(shard.nbytes for shard in self.shards)
+        others = sum(math.prod(h.shape) for h in self.checkpoint.headers.values())
+        return others + sum(m.numbers_after - m.numbers_before for m in self.matrices)
 
-def make_plan(checkpoint: Checkpoint, settings: CompressSettings) -> Plan:
+
+def make_plan(
+    checkpoint: Checkpoint, settings: CompressSettings, evidence: Mapping[str, Evidence] | None = None
+) -> Plan:
     """Plan a compression from the headers of a checkpoint.
+
+    Args:
+        checkpoint: of the dense model.
+        settings: with the budget.
+        evidence: name of a matrix -> what the allocation needs of it, see `evidence_needed`.
 
     Raises:
         UsageError: the checkpoint is compressed already, or has no matrix.
+        DoesNotFitError: the budget is below the smallest possible, which is told.
+        ValueError: the allocation needs evidence, and there is none.
     """
+    dense, smallest = _bounds(checkpoint, settings)
+    limit = _limit(settings, dense)
+    if dense.spent <= limit:
+        return dense
+    if ALLOCATIONS[settings.allocation or "uniform"].needs != "nothing" and evidence is None:
+        raise ValueError(f"allocation {settings.allocation} needs evidence, see evidence_needed")
+    forsale = {m.stored.matrix.name: _ladder(m, settings) for m in smallest.matrices if m.reason != EXPERT}
+    known = [(evidence or {}).get(name, Evidence()) for name in forsale]
+    least = sum(int(one.costs[0]) for one in forsale.values())
+    spendable = limit - smallest.spent + least
+    while True:
+        steps = allocate(list(forsale.values()), known, ALLOCATIONS[settings.allocation or "uniform"], spendable)
+        plan = _plan(checkpoint, settings, dict(zip(forsale, steps, strict=True)))
+        excess = plan.spent - limit
+        if excess <= 0:
+            return plan
+        # A header in a file grows with the digits of the ranks; at the first steps all is known to fit.
+        bought = sum(int(one.costs[step]) for one, step in zip(forsale.values(), steps, strict=True))
+        spendable = max(least, bought - excess)
+
+
+def evidence_needed(checkpoint: Checkpoint, settings: CompressSettings) -> str:
+    """What `make_plan` will need: "nothing", "weights", "inputs" or "loss"; what it refuses is refused here.
+
+    Raises:
+        UsageError: the checkpoint is compressed already, or has no matrix.
+        DoesNotFitError: the budget is below the smallest possible, which is told.
+    """
+    dense, _ = _bounds(checkpoint, settings)
+    return "nothing" if dense.spent <= _limit(settings, dense) else ALLOCATIONS[settings.allocation or "uniform"].needs
+
+
+def _bounds(checkpoint: Checkpoint, settings: CompressSettings) -> tuple[Plan, Plan]:
+    """The dense plan and the smallest one, after refusing a budget that is below both."""
+    _refuse_compressed(checkpoint)
+    dense = _plan(checkpoint, settings, None)
+    smallest = _plan(checkpoint, settings, {m.stored.matrix.name: 0 for m in dense.matrices})
+    least_plan = min(smallest, dense, key=lambda plan: plan.spent)
+    least = least_plan.spent
+    if _limit(settings, dense) < least:
+        unit = "bytes" if settings.budget == "size" else "numbers"
+        possible = f"{least:,} {unit}"
+        amount: float | int = least
+        if settings.budget == "keep":
+            amount = math.ceil(Fraction(least, dense.spent) * 10**6) / 10**6
+            possible = f"{amount:g}, {possible}"
+        raise DoesNotFitError(
+            f"the budget is {settings.budget_words}, and the smallest possible is {possible}: "
+            f"{_counts(least_plan)}, everything else as it is",
+            hint=f"--{settings.budget} {amount}, or more",
+        )
+    return dense, smallest
+
+
+def _counts(plan: Plan) -> str:
+    """How many matrices become what."""
+    counts = Counter("at rank 1" if m.rank is not None else f"dense ({m.reason})" for m in plan.matrices)
+    return ", ".join(f"{count} of {len(plan.matrices)} matrices {what}" for what, count in counts.items())
+
+
+def _limit(settings: CompressSettings, dense: Plan) -> int:
+    """The budget in numbers or bytes."""
+    if settings.keep is not None:
+        # As it is written: 0.29 in binary is a little less, and a number of the budget would be lost.
+        return math.floor(Fraction(str(settings.keep)) * dense.spent)
+    return int(settings.amount)
+
+
+def _refuse_compressed(checkpoint: Checkpoint) -> None:
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         raise UsageError(
             f"{checkpoint.path} is compressed already (quantization_config of method {method})",
             hint="compress the dense model it was made from",
         )
-    stored = checkpoint.matrices()
-    ranks = ALLOCATIONS[settings.allocation]([s.matrix for s in stored], settings.keep)
-    planned = tuple(_decide(s, rank, settings.keep, settings.form) for s, rank in zip(stored, ranks, strict=True))
-    shards = plan_shards(_output_tensors(checkpoint, planned), max_shard_bytes=settings.max_shard_bytes)
-    return Plan(checkpoint, settings, planned, tuple(shards))
 
 
-def planned_tensors(planned: PlannedMatrix, dtype: str) -> list[TensorSpec]:
-    """What will be on disk of a factorized matrix, in the order of its form."""
-    assert planned.rank is not None
-    path = planned.stored.tensors[0].removesuffix(".weight")
-    return FORMS[planned.form].tensors(path, dtype, planned.stored.matrix.shape, planned.rank)
+def _plan(checkpoint: Checkpoint, settings: CompressSettings, steps: Mapping[str, int] | None) -> Plan:
+    """The plan with these steps of the ladders; None for all dense."""
+    planned = (_decide(checkpoint, settings, stored, steps) for stored in checkpoint.matrices())
+    return Plan(checkpoint, settings, tuple(planned))
 
 
-def _decide(stored: StoredMatrix, rank: int, keep: float, form: str) -> PlannedMatrix:
+def _decide(
+    checkpoint: Checkpoint, settings: CompressSettings, stored: StoredMatrix, steps: Mapping[str, int] | None
+) -> PlannedMatrix:
+    dense = PlannedMatrix(stored, checkpoint.headers[stored.tensors[0]].dtype, "dense", None, EXPERT)
     if stored.matrix.expert is not None:
-        return PlannedMatrix(stored, None, "a fused expert")
-    if keep == 1:
-        return PlannedMatrix(stored, None, "keep is 1")
-    if FORMS[form].numbers(stored.matrix.shape, rank) >= math.prod(stored.matrix.shape):
-        return PlannedMatrix(stored, None, f"rank {rank} would not save anything")
-    return PlannedMatrix(stored, rank, "", form)
+        return dense
+    if steps is None:
+        return replace(dense, reason=ALL_DENSE)
+    rungs = _ladder(dense, settings)
+    rank = rungs.rank(steps[stored.matrix.name])
+    if rank is None:
+        return replace(dense, reason=BOUGHT_DENSE if len(rungs) > 1 else "rank 1 would not save anything")
+    return replace(dense, form=settings.planned_form, rank=rank, reason="")
 
 
-def _output_tensors(checkpoint: Checkpoint, planned: tuple[PlannedMatrix, ...]) -> Iterator[list[TensorSpec]]:
+def _ladder(planned: PlannedMatrix, settings: CompressSettings) -> Ladder:
+    """What the matrix can be, in the unit of the budget."""
+    dtype = planned.dtype if settings.budget == "size" else None
+    return ladder(planned.stored.matrix.shape, settings.planned_form, dtype, settings.align)
+
+
+def _output_tensors(checkpoint: Checkpoint, planned: Sequence[PlannedMatrix]) -> Iterator[list[TensorSpec]]:
     """What will be on disk, in the order of the source: what is stored of a matrix in its place."""
     factorized = {p.stored.tensors[0]: p for p in planned if p.rank is not None}
     for header in checkpoint.headers.values():
         if (p := factorized.get(header.name)) is not None:
-            yield planned_tensors(p, header.dtype)
+            yield p.tensors()
         else:
             yield [(output_name(header.name, factorized), header.dtype, header.shape)]
 

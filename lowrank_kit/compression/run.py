@@ -1,53 +1,44 @@
-"""One compression: a dense folder and a plan in, a compressed folder out."""
+"""One compression: a dense folder and settings in, a compressed folder out."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lowrank_kit.checkpoint.card import compressed_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
-from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
-from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
+from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.checkpoint.writer import Shard, write_shards
-from lowrank_kit.compression.forms import FORMS
+from lowrank_kit.compression.allocation import Evidence
+from lowrank_kit.compression.calibration import (
+    Calibration,
+    calibrate,
+    inputs_evidence,
+    loss_evidence,
+    refuse_non_finite,
+)
+from lowrank_kit.compression.evidence import weight_evidence
+from lowrank_kit.compression.fold import Folded, fold
 from lowrank_kit.compression.objectives import OBJECTIVES
-from lowrank_kit.compression.plan import Plan, PlannedMatrix, make_plan, output_name, planned_tensors
+from lowrank_kit.compression.piece import TORCH_DTYPES
+from lowrank_kit.compression.plan import Plan, evidence_needed, make_plan, output_name
+from lowrank_kit.compression.record import make_report, write_documents
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.compression.statistics import input_grams
-from lowrank_kit.compression.texts import Texts, draw_texts
+from lowrank_kit.compression.statistics import mean_loss
 from lowrank_kit.device import resolve_device, resolve_dtype
-from lowrank_kit.errors import LowRankError
-from lowrank_kit.report.environment import environment
-from lowrank_kit.report.files import new_folder, write_json, write_text
+from lowrank_kit.linalg.factor import weighted_error
+from lowrank_kit.report.files import new_folder
 
 # Files of a model folder that are not made anew: tokenizer, generation settings, chat template.
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 NOT_COPIED = (CONFIG_FILE, REPORT_FILE, "run.json")
 # Indices of the source's shards, in whatever format.
 INDEX_SUFFIX = ".index.json"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Grams of the inputs of a model on calibration text; serves any keep.
-
-    Args:
-        model: folder of the model.
-        texts: the text, and what was drawn apart from it.
-        grams: `Matrix.shares_input` -> Gram.
-    """
-
-    model: Path
-    texts: Texts
-    grams: dict[str, Tensor]
 
 
 def compress(
@@ -65,202 +56,146 @@ def compress(
         model: a folder, or the name of a model on the hub; dense.
         output: folder to make; appears whole or not at all.
         settings: see `CompressSettings`.
-        calibration: from `calibrate` with this model; None runs it if the objective asks for it.
-        device: where the calibration text is run.
-        dtype: number format of the calibration run; the weights on disk keep theirs.
+        calibration: from `calibrate` with this model; None runs it if the settings ask for it.
+        device: where the text is run.
+        dtype: number format of the runs, but for refinement; the weights on disk keep theirs.
 
     Returns:
         The contents of compression.json.
 
     Raises:
         UsageError: no such model, not a dense causal LM, an output that is not empty, too little text.
-        LowRankError: a broken shard, NaN or Inf in a matrix or an activation.
+        DoesNotFitError: a budget below the smallest possible.
+        LowRankError: a broken shard, NaN or Inf in a matrix, an activation or a loss.
     """
     checkpoint = Checkpoint.open(model)
-    plan = make_plan(checkpoint, settings)
+    settings = settings.with_defaults()
+    needed = evidence_needed(checkpoint, settings)
     with new_folder(output) as folder:
-        _refuse_non_finite(checkpoint)
-        if not _needs_grams(plan):
-            calibration = None
-        elif calibration is None:
-            calibration = calibrate(checkpoint, settings, device=device, dtype=dtype)
-        elif calibration.model != checkpoint.path:
-            raise ValueError(f"the calibration is of {calibration.model}, not of {checkpoint.path}")
-        errors: dict[str, float] = {}
-        num_factorized = sum(m.rank is not None for m in plan.matrices)
-        with tqdm(total=num_factorized, desc="factorize", unit="matrix", disable=None) as bar:
-            fill = _filler(plan, calibration.grams if calibration else {}, errors, bar)
-            write_shards(folder, list(plan.shards), fill)
-        report = _report(plan, str(model), calibration, errors)
-        _write_documents(folder, plan, report)
+        for name, tensor in checkpoint.tensors():
+            refuse_non_finite(checkpoint, name, tensor)
+        plan, calibration = prepare(
+            checkpoint, settings, needed, calibration=calibration, device=device, dtype=dtype
+        )
+        folded = fold(plan, calibration, device=resolve_device(device), dtype=resolve_dtype(dtype))
+        plan = replace(plan, matrices=tuple(_as_made(m, folded) for m in plan.matrices))
+        write_shards(folder, list(plan.shards), _filler(plan, _made(plan, folded)))
+        _copy_others(checkpoint.path, folder)
+        report = make_report(plan, str(model), calibration, folded, output_errors(plan, calibration, folded))
+        write_documents(folder, plan, report)
+        if calibration is not None:
+            report["check"] |= {"loss_compressed": _check_loss(folder, calibration, settings, device, dtype)}
+            write_documents(folder, plan, report)
     return report
 
 
-def calibrate(
-    checkpoint: Checkpoint, settings: CompressSettings, *, device: str = "auto", dtype: str = "float32"
-) -> Calibration:
-    """Run the calibration text through the dense model once.
+def prepare(
+    checkpoint: Checkpoint,
+    settings: CompressSettings,
+    needed: str,
+    *,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> tuple[Plan, Calibration | None]:
+    """The plan, and what has to be known of the model for it and for the factors.
 
     Args:
         checkpoint: of the dense model.
-        settings: the text, how much of it, and the seed; keep does not matter.
-        device: where to run.
-        dtype: number format of the run.
-
-    Raises:
-        UsageError: too little text, or a tokenizer that is not the model's.
-        LowRankError: NaN or Inf in an activation.
+        settings: with nothing left open.
+        needed: of `evidence_needed`.
+        calibration, device, dtype: as in `compress`.
     """
-    torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    tokenizer = load_tokenizer(checkpoint.path)
-    texts = draw_texts(
-        settings.text,
-        tokenizer,
-        block_tokens=settings.block_tokens,
-        calibration=settings.calibration_blocks,
-        check=settings.check_blocks,
-        max_bytes=settings.max_bytes,
-        seed=settings.seed,
-    )
-    model = load_model(checkpoint, device=torch_device, dtype=torch_dtype)
-    for blocks in texts.sets.values():
-        check_blocks(model, blocks)
-    matrices = [stored.matrix for stored in checkpoint.matrices() if stored.matrix.expert is None]
-    grams = input_grams(model, matrices, texts.calibration, batch_size=settings.batch_size)
-    return Calibration(checkpoint.path, texts, grams)
+    text_wanted = OBJECTIVES[settings.objective].needs_text or needed in ("inputs", "loss") or settings.refine != "none"
+    if calibration is not None and calibration.model != checkpoint.path:
+        raise ValueError(f"the calibration is of {calibration.model}, not of {checkpoint.path}")
+    if not text_wanted:
+        calibration = None
+    elif calibration is None and not _all_dense(checkpoint, settings, needed):
+        calibration = calibrate(checkpoint, settings, device=device, dtype=dtype)
+    return make_plan(checkpoint, settings, _evidence(checkpoint, settings, needed, calibration)), calibration
 
 
-def _needs_grams(plan: Plan) -> bool:
-    return OBJECTIVES[plan.settings.objective].needs_gram and any(m.rank is not None for m in plan.matrices)
+def _all_dense(checkpoint: Checkpoint, settings: CompressSettings, needed: str) -> bool:
+    """Whether the budget leaves nothing to do."""
+    if needed != "nothing":
+        return False
+    return all(m.rank is None for m in make_plan(checkpoint, replace(settings, allocation="uniform")).matrices)
 
 
-def _refuse_non_finite(checkpoint: Checkpoint) -> None:
-    """Read every tensor once: a NaN would otherwise show as a NaN activation somewhere else."""
-    for name, tensor in checkpoint.tensors():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
-            raise LowRankError(
-                f"{checkpoint.path}: NaN or Inf in {name}: {count:,} of {tensor.numel():,} numbers",
-                hint="train or download the model again; nothing was written",
-            )
+def _evidence(
+    checkpoint: Checkpoint, settings: CompressSettings, needed: str, calibration: Calibration | None
+) -> dict[str, Evidence] | None:
+    if needed == "nothing":
+        return None
+    if needed == "weights":
+        return weight_evidence(checkpoint)
+    assert calibration is not None
+    if needed == "inputs":
+        return inputs_evidence(calibration, checkpoint)
+    return loss_evidence(calibration, checkpoint, settings.objective, settings.options)
 
 
-def _filler(
-    plan: Plan, grams: dict[str, Tensor], errors: dict[str, float], bar: tqdm[Any]
-) -> Callable[[Shard], dict[str, Tensor]]:
-    """Gives the tensors of a shard, read from the source one at a time; notes the error of each matrix."""
-    factorize = OBJECTIVES[plan.settings.objective].factorize
+def _as_made(planned: Any, folded: Folded) -> Any:
+    piece = folded.pieces.get(planned.stored.matrix.name)
+    return planned if piece is None else piece.planned
+
+
+def _made(plan: Plan, folded: Folded) -> dict[str, Tensor]:
+    """Name in the output -> tensor, of all that is not as it was."""
+    made: dict[str, Tensor] = {}
+    for piece in folded.pieces.values():
+        made |= piece.named()
+    if not folded.others:
+        return made
+    on_disk = plan.checkpoint.disk_names()
+    for name, tensor in folded.others.items():
+        owner, _, _ = name.removesuffix(".B.bias").rpartition(".") if not name.endswith(".B.bias") else (name[:-7], "", "")
+        piece = folded.pieces.get(owner)
+        target = f"{piece.planned.disk_path}{name.removeprefix(owner)}" if piece is not None else on_disk[name]
+        made[target] = tensor
+    return made
+
+
+def _filler(plan: Plan, made: Mapping[str, Tensor]) -> Callable[[Shard], dict[str, Tensor]]:
+    """Gives the tensors of a shard: what was made, in the dtype that was planned, and the rest read from the source."""
     factorized = {m.stored.tensors[0]: m for m in plan.matrices if m.rank is not None}
+    source_of = {output_name(name, factorized): name for name in plan.checkpoint.headers}
 
     def fill(shard: Shard) -> dict[str, Tensor]:
-        wanted = {h.name for h in shard.headers}
-        # The sentinel has the name of the matrix it stands for.
-        sources = [name for name in plan.checkpoint.headers if output_name(name, factorized) in wanted]
-        filled: dict[str, Tensor] = {}
-        for name, tensor in plan.checkpoint.tensors(sources):
-            if name in factorized:
-                filled |= _factors(factorized[name], tensor, grams, factorize, errors)
-                bar.update()
-            else:
-                filled[output_name(name, factorized)] = tensor
+        here = {h.name: h for h in shard.headers}
+        filled = {
+            name: made[name].to(TORCH_DTYPES[h.dtype]) if made[name].is_floating_point() else made[name]
+            for name, h in here.items()
+            if name in made
+        }
+        wanted = {source_of[name]: name for name in here if name not in made}
+        filled |= {wanted[name]: tensor for name, tensor in plan.checkpoint.tensors(wanted)}
         return filled
 
     return fill
 
 
-def _factors(
-    planned: PlannedMatrix, tensor: Tensor, grams: dict[str, Tensor], factorize: Any, errors: dict[str, float]
-) -> dict[str, Tensor]:
-    assert planned.rank is not None
-    matrix = planned.stored.matrix
-    factors = factorize(planned.stored.weight(tensor), grams.get(matrix.shares_input))
-    errors[matrix.name] = factors.relative_error(planned.rank)
-    names = [name for name, _, _ in planned_tensors(planned, "F32")]
-    return dict(zip(names, FORMS[planned.form].stored(factors.truncate(planned.rank), tensor.dtype), strict=True))
+def output_errors(plan: Plan, calibration: Calibration | None, folded: Folded) -> dict[str, float]:
+    """Relative error of the outputs of each factorized matrix on the check text; of its weights without one."""
+    stored = {m.stored.tensors[0]: m.stored for m in plan.matrices if m.rank is not None}
+    errors = {}
+    for name, tensor in plan.checkpoint.tensors(stored):
+        matrix = stored[name].matrix
+        gram = calibration.check_grams[matrix.shares_input] if calibration is not None else None
+        errors[matrix.name] = weighted_error(stored[name].weight(tensor), folded.pieces[matrix.name].dense(), gram)
+    return errors
 
 
-def _report(plan: Plan, model: str, calibration: Calibration | None, errors: dict[str, float]) -> dict[str, Any]:
-    return {
-        "model": model,
-        "settings": asdict(plan.settings),
-        "totals": plan.totals(),
-        "calibration": calibration and calibration.texts.record(),
-        "matrices": [{**m.row(), "relative_error": errors.get(m.stored.matrix.name)} for m in plan.matrices],
-        "environment": environment(),
-    }
-
-
-def _write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
-    """Config, report and model card, and what is copied from the source."""
-    source = plan.checkpoint.path
+def _copy_others(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         wanted = file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED
         if wanted and file.is_file() and not file.name.endswith(INDEX_SUFFIX):
             shutil.copyfile(file, folder / file.name)
-    config = dict(plan.checkpoint.config)
-    if matrices := plan.quantization_config():
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format_version": needed_version(matrices),
-            "matrices": matrices,
-        }
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-    write_json(folder / REPORT_FILE, report)
-    settings = plan.settings
-    how = {
-        "keep": f"{settings.keep:g} of the numbers of the matrices",
-        "objective": f"{settings.objective} ({OBJECTIVES[settings.objective].title})",
-        "allocation": settings.allocation,
-        "form": f"{settings.form} ({FORMS[settings.form].title})",
-        "calibration": report["calibration"]
-        and "{source}, {tokens:,} tokens, sha256 {sha256}".format(**report["calibration"]),
-        "seed": settings.seed,
-        "lowrank-kit": report["environment"].get("lowrank-kit"),
-    }
-    card = compressed_card(
-        base_model=Path(report["model"]).name if Path(report["model"]).is_dir() else report["model"],
-        summary=size_rows(plan.totals()),
-        matrices=role_rows(report["matrices"]),
-        how=how,
-    )
-    write_text(folder / "README.md", card)
 
 
-def size_rows(totals: dict[str, Any]) -> list[dict[str, Any]]:
-    """Kept and removed of the matrices and of the whole model, in numbers; of the files in bytes."""
-    pairs = {
-        "matrices (numbers)": ("matrix_numbers_before", "matrix_numbers_after"),
-        "model (numbers)": ("model_numbers_before", "model_numbers_after"),
-        "files (bytes)": ("bytes_before", "bytes_after"),
-    }
-    return [
-        {
-            "": name,
-            "dense": totals[before],
-            "compressed": totals[after],
-            "kept %": round(100 * totals[after] / totals[before], 1),
-            "removed %": round(100 - 100 * totals[after] / totals[before], 1),
-        }
-        for name, (before, after) in pairs.items()
-    ]
-
-
-def role_rows(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per role: how many, shape, lowest and highest rank, mean error, and why some stay dense."""
-    rows = []
-    for role in dict.fromkeys(m["role"] for m in matrices):
-        here = [m for m in matrices if m["role"] == role]
-        ranks = sorted({m["rank"] for m in here if m["rank"] is not None})
-        errors = [m["relative_error"] for m in here if m.get("relative_error") is not None]
-        rows.append(
-            {
-                "role": role,
-                "matrices": len(here),
-                "out x in": ", ".join(dict.fromkeys(f"{m['out']} x {m['in']}" for m in here)),
-                "rank": "-".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or None,
-                "dense": sum(m["rank"] is None for m in here),
-                "error": sum(errors) / len(errors) if errors else None,
-                "note": "; ".join(dict.fromkeys(m["note"] for m in here if m["note"])),
-            }
-        )
-    return rows
+def _check_loss(folder: Path, calibration: Calibration, settings: CompressSettings, device: str, dtype: str) -> float:
+    """Loss on the check text of what was written, loaded as anybody would."""
+    model = load_model(Checkpoint.open(folder), device=resolve_device(device), dtype=resolve_dtype(dtype))
+    with torch.inference_mode():
+        return mean_loss(model, calibration.texts.check, batch_size=settings.batch_size)

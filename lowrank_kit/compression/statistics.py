@@ -5,6 +5,7 @@ Shape legend: B sequences, T tokens of one, V vocabulary, I in, O out, N tokens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -90,6 +91,26 @@ def output_grams(
             f"no gradient reached {len(missing)} of {len(names)} matrices, first {missing[0]}", hint=_MORE_TEXT
         )
     return {name: mirrored(gram).cpu() for name, gram in grams.items()}
+
+
+def mean_loss(model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int = 8) -> float:
+    """Cross-entropy of the next token, in nats, over all tokens that have one before them.
+
+    Raises:
+        LowRankError: it is not finite.
+    """
+    total = 0.0
+    with in_evaluation(model), torch.inference_mode():
+        for ids in _batches(model, blocks, batch_size, "check"):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            total += loss.item()
+    if not math.isfinite(total):
+        raise LowRankError(
+            f"the loss of {model.name_or_path or type(model).__name__} on the check text is {total}",
+            hint="look for NaN or Inf in the weights, or try --dtype float32",
+        )
+    return total / (blocks.num_tokens - len(blocks))
 
 
 @contextmanager

@@ -5,4 +5,5 @@ from lowrank_kit.layers.pivoted import PivotedLinear as PivotedLinear
 from lowrank_kit.layers.surgery import LAYERS as LAYERS
 from lowrank_kit.layers.surgery import exchange_linear as exchange_linear
 
-LOW_RANK_LAYERS = (LowRankLinear,)
+# For isinstance.
+LOW_RANK_LAYERS = tuple(LAYERS.values())

@@ -39,6 +39,10 @@ class Factors:
             raise ValueError(f"rank must be between 1 and {self.A.shape[0]}, got {rank}")
         return Factors(self.B[:, :rank], self.A[:rank], self.singular_values)
 
+    def float32(self) -> Factors:
+        """The same in half the memory; singular values as they are."""
+        return Factors(self.B.float(), self.A.float(), self.singular_values)
+
     def dense(self) -> Tensor:
         """B A, [O, I]."""
         return self.B @ self.A

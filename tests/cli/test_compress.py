@@ -40,7 +40,7 @@ def test_compress(model: Path, pages: str, tmp_path: Path, capsys: pytest.Captur
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()[:1] and line[0] in "qkvogud"}
     # role, matrices, out x in, rank, dense, error
     assert rows["q"][:7] == ["q", "2", "32", "x", "32", "8", "0"]
-    assert rows["up"][:7] == ["up", "2", "80", "x", "32", "11", "0"]
+    assert rows["up"][:7] == ["up", "2", "80", "x", "32", "11-12", "0"]
     assert 0 < float(rows["down"][7]) < 1
     report = json.loads((tmp_path / "out" / "compression.json").read_text())
     before, after = report["totals"]["bytes_before"], report["totals"]["bytes_after"]
@@ -92,10 +92,34 @@ def test_a_dry_run_writes_nothing_and_tells_every_byte(
 
 def test_the_plan_says_why_a_matrix_stays_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build("mixtral").save_pretrained(tmp_path / "model")
-    assert run(["compress", str(tmp_path / "model"), "--keep", "0.5", "--dry-run"]) == 0
+    assert run(["compress", str(tmp_path / "model"), "--keep", "0.95", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("dense    1.000  a fused expert") for line in lines) == 24
     assert "8 of 32 matrices factorized" in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "total"),
+    [
+        (["--size", "0.15MB"], "150,000 bytes of the model's files", "bytes_after"),
+        (["--size", "146.6KiB", "--align", "4"], "150,118 bytes of the model's files", "bytes_after"),
+        (["--params", "36k", "--allocation", "erank"], "36,000 numbers of the model", "model_numbers_after"),
+        (["--params", "9e3", "--scope", "matrices"], "9,000 numbers of the matrices", "matrix_numbers_after"),
+    ],
+)
+def test_budgets(
+    options: list[str], words: str, total: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--objective", "plain", *options, "--json"]
+    assert run(["compress", str(model), *options, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert run(command(model, tmp_path / "out", *options)) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert planned["totals"] == totals
+    assert totals["bytes_after"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    budget = int(words.split()[0].replace(",", ""))
+    assert 0.98 * budget < totals[total] <= budget
+    assert f"- budget: {words}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 # Refusals
@@ -125,7 +149,13 @@ def test_keep_outside_0_to_1(keep: str, model: Path, tmp_path: Path, capsys: pyt
     ("options", "message"),
     [
         (["--keep", "half"], "Invalid value for '--keep': 'half' is not a valid float"),
-        ([], "Missing option '--keep'"),
+        ([], "error: no budget: a compression has exactly one budget, keep, params or size\nhint: --keep 0.6 keeps"),
+        (["--keep", "0.5", "--params", "1M"], "error: keep and params: a compression has exactly one budget"),
+        (["--size", "1.2QB"], "Invalid value for '--size': '1.2QB' is not an amount of bytes, such as 120MB or 1.2GiB"),
+        (["--params", "MB"], "Invalid value for '--params': 'MB' is not an amount of numbers, such as 300M or 1.2B"),
+        (["--size", "0"], "size must be at least 1, got 0"),
+        (["--keep", "0.5", "--scope", "block"], "'block' is not one of 'matrices', 'model'"),
+        (["--keep", "0.5", "--align", "0"], "align must be at least 1, got 0"),
         (["--keep", "0.5", "--objective", "whitten"], 'unknown objective "whitten"\nhint: did you mean "whiten"?'),
         (["--keep", "0.5", "--dtype", "fp8"], "'fp8' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
         (["--keep", "0.5", "--text", "no/such/text"], "no such text source: no/such/text\nhint: a text source is"),
@@ -138,6 +168,31 @@ def test_options_that_make_no_sense(
 ) -> None:
     options = [pages if option == "PAGES" else option for option in options]
     assert message in nothing_made(tmp_path, command(model, tmp_path / "out", *options), 2, capsys)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry-run"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "0.01"], r"the budget is 0.01 of the numbers of the matrices, and the smallest possible is 0.05"),
+        (
+            ["--params", "2k"],
+            r"the budget is 2,000 numbers of the model, and the smallest possible is \d+,\d{3} numbers:",
+        ),
+        (
+            ["--size", "9kB"],
+            r"the budget is 9,000 bytes of the model's files, and the smallest possible is [\d,]+ bytes",
+        ),
+    ],
+)
+def test_a_budget_below_the_smallest_possible(
+    options: list[str], message: str, dry: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = nothing_made(tmp_path, command(model, tmp_path / "out", *options, *dry), 3, capsys)
+    assert re.search(message, told)
+    hint = re.search(r"\nhint: (--\w+ \S+), or more\n", told)
+    assert hint is not None
+    assert run(["compress", str(model), *hint[1].split(), "--dry-run"]) == 0
 
 
 def test_no_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

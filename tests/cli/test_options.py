@@ -11,7 +11,7 @@ import click
 import pytest
 
 from cli.main import run
-from cli.options import common_options, given_parameters, output_option
+from cli.options import AmountType, common_options, given_parameters, output_option
 
 Install = Callable[[Callable[..., Any]], None]
 
@@ -89,3 +89,37 @@ def test_wrong_values_are_wrong_usage(
     told = capsys.readouterr().err
     assert told.startswith("error: ")
     assert arguments[0] in told
+
+
+@pytest.mark.parametrize(
+    ("unit", "written", "amount"),
+    [
+        ("numbers", "1500000", 1_500_000),
+        ("numbers", "1.5M", 1_500_000),
+        ("numbers", "300k", 300_000),
+        ("numbers", "1.2b", 1_200_000_000),
+        ("numbers", "7 G", 7 * 10**9),
+        ("numbers", "2e6", 2_000_000),
+        ("numbers", "1_000", 1_000),
+        ("numbers", "0.29M", 290_000),  # not by way of binary
+        ("bytes", "120MB", 120_000_000),
+        ("bytes", "1.2GiB", 1_288_490_188),  # and not .8 of a byte more
+        ("bytes", "64kB", 64_000),
+        ("bytes", "64KiB", 65_536),
+        ("bytes", "512", 512),
+        ("bytes", "512B", 512),
+        ("bytes", "2g", 2 * 10**9),
+        ("bytes", "1TiB", 2**40),
+    ],
+)
+def test_amounts(unit: str, written: str, amount: int) -> None:
+    assert AmountType(unit).convert(written, None, None) == amount
+
+
+@pytest.mark.parametrize(
+    ("unit", "written"),
+    [("numbers", "1MiB"), ("numbers", "1MB"), ("bytes", "-1MB"), ("bytes", "MB"), ("bytes", "1,5MB"), ("bytes", "nan")],
+)
+def test_what_is_no_amount(unit: str, written: str) -> None:
+    with pytest.raises(click.BadParameter, match=f"'{written}' is not an amount of {unit}, such as"):
+        AmountType(unit).convert(written, None, None)

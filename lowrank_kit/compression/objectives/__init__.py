@@ -1,6 +1,6 @@
 """What a factorization minimizes. A new objective is a file here and a line in the table."""
 
-from lowrank_kit.compression.objectives.anchored import ANCHORED
+from lowrank_kit.compression.objectives.anchored import ANCHORED, ANCHORED_TWO_SIDED
 from lowrank_kit.compression.objectives.base import Objective as Objective
 from lowrank_kit.compression.objectives.base import Options as Options
 from lowrank_kit.compression.objectives.base import Statistics as Statistics
@@ -15,4 +15,5 @@ OBJECTIVES: dict[str, Objective] = {
     "whiten": WHITEN,
     "anchored": ANCHORED,
     "two-sided": TWO_SIDED,
+    "anchored-two-sided": ANCHORED_TWO_SIDED,
 }

@@ -43,7 +43,7 @@ class Options:
         exponent: scaled: of the size of an input.
     """
 
-    blend: float = 0.5
+    blend: float = 1.0
     ridge: float = 1e-3
     damping: float = 0.1
     exponent: float = 0.5

@@ -1,0 +1,225 @@
+"""What is known of a dense model before anything is cut: statistics on real text, and full factorizations.
+
+Costly and cheap are apart: a calibration serves any budget, allocation and form.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
+from lowrank_kit.checkpoint.stored import StoredMatrix
+from lowrank_kit.compression.allocation import Evidence
+from lowrank_kit.compression.objectives import OBJECTIVES, Options, Statistics
+from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.compression.statistics import input_grams, mean_loss, output_grams
+from lowrank_kit.compression.texts import Texts, draw_texts
+from lowrank_kit.data.blocks import TokenBlocks
+from lowrank_kit.device import resolve_device, resolve_dtype
+from lowrank_kit.errors import LowRankError, UsageError
+from lowrank_kit.linalg.factor import Factors, tail_scores
+from lowrank_kit.matrices import Matrix
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of a dense model on text; serves any budget.
+
+    Args:
+        model: folder of the model.
+        texts: what was read.
+        statistics: name of a matrix -> its statistics on the calibration text.
+        check_grams: `Matrix.shares_input` -> Gram on the check text.
+        check_loss: of the dense model on the check text, nats per token.
+        seconds: what each part took.
+        nested: (objective, options) -> name of a matrix -> its factors of full rank, once they have been asked for.
+    """
+
+    model: Path
+    texts: Texts
+    statistics: dict[str, Statistics]
+    check_grams: dict[str, Tensor]
+    check_loss: float
+    seconds: dict[str, float]
+    nested: dict[tuple[str, Options], dict[str, Factors]] = field(default_factory=dict)
+
+    def factors(self, checkpoint: Checkpoint, objective: str, options: Options) -> dict[str, Factors]:
+        """Nested factors of every matrix for an objective that needs the dense model alone; in float32, made once.
+
+        Raises:
+            UsageError: the calibration has not what the objective needs.
+            LowRankError: NaN or Inf in a matrix.
+        """
+        key = (objective, options)
+        if key not in self.nested:
+            with self.timed("factorize"):
+                found = factorize(checkpoint, objective, options, self.statistics)
+                self.nested[key] = {name: factors.float32() for name, factors in found}
+        return self.nested[key]
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time of what is inside to `seconds`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = round(self.seconds.get(what, 0.0) + time.perf_counter() - started, 3)
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    settings: CompressSettings,
+    *,
+    curvature: bool | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> Calibration:
+    """Run the calibration text through the dense model.
+
+    Args:
+        checkpoint: of the dense model.
+        settings: the text, how much of it, and the seed; the budget does not matter.
+        curvature: whether the gradients of the outputs are wanted too; None: as the settings need.
+        device: where to run.
+        dtype: number format of the run.
+
+    Raises:
+        UsageError: too little text, or a tokenizer that is not the model's.
+        LowRankError: NaN or Inf in an activation or a gradient.
+    """
+    started = time.perf_counter()
+    texts = _texts(checkpoint, settings)
+    model = load_model(checkpoint, device=resolve_device(device), dtype=resolve_dtype(dtype))
+    for blocks in texts.sets.values():
+        check_blocks(model, blocks)
+    matrices = [stored.matrix for stored in foldable(checkpoint)]
+    _refuse_few_tokens(matrices, texts.calibration, settings)
+    seconds = {"text": round(time.perf_counter() - started, 3)}
+    started = time.perf_counter()
+    grams = input_grams(model, matrices, texts.calibration, batch_size=settings.batch_size)
+    seconds["calibration"] = round(time.perf_counter() - started, 3)
+    started = time.perf_counter()
+    outputs: dict[str, Tensor] = {}
+    if settings.needs_curvature if curvature is None else curvature:
+        outputs = output_grams(
+            model, matrices, texts.calibration, batch_size=settings.batch_size, seed=settings.seed
+        )
+        seconds["curvature"] = round(time.perf_counter() - started, 3)
+    started = time.perf_counter()
+    check_grams = input_grams(model, matrices, texts.check, batch_size=settings.batch_size)
+    check_loss = mean_loss(model, texts.check, batch_size=settings.batch_size)
+    seconds["check"] = round(time.perf_counter() - started, 3)
+    tokens = texts.calibration.num_tokens
+    statistics = {
+        m.name: Statistics(tokens=tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name))
+        for m in matrices
+    }
+    return Calibration(checkpoint.path, texts, statistics, check_grams, check_loss, seconds)
+
+
+def foldable(checkpoint: Checkpoint) -> list[StoredMatrix]:
+    """The matrices that can be factorized: all but fused experts."""
+    return [stored for stored in checkpoint.matrices() if stored.matrix.expert is None]
+
+
+def factorize(
+    checkpoint: Checkpoint, objective: str, options: Options, statistics: dict[str, Statistics]
+) -> Iterator[tuple[str, Factors]]:
+    """Factors of full rank of every matrix, one shard at a time and one weight in memory.
+
+    Raises:
+        UsageError: the statistics have not what the objective needs.
+        LowRankError: NaN or Inf in a matrix.
+    """
+    stored = {s.tensors[0]: s for s in foldable(checkpoint)}
+    method = OBJECTIVES[objective]
+    for name, tensor in tqdm(
+        checkpoint.tensors(stored), total=len(stored), desc="factorize", unit="matrix", disable=None
+    ):
+        matrix = stored[name].matrix
+        found = statistics.get(matrix.name, Statistics())
+        if missing := [need for need in sorted(method.needs) if getattr(found, need) is None]:
+            raise UsageError(
+                f'objective "{objective}" needs {", ".join(missing)}, which this calibration has not',
+                hint="calibrate(..., curvature=True)" if missing == ["output_gram"] else "calibrate with this model",
+            )
+        refuse_non_finite(checkpoint, name, tensor)
+        yield matrix.name, method.factorize(stored[name].weight(tensor), found, options)
+
+
+def refuse_non_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with a number that is none.
+
+    Raises:
+        LowRankError: NaN or Inf, with how many.
+    """
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise LowRankError(
+            f"{checkpoint.path}: NaN or Inf in {name}: {count:,} of {tensor.numel():,} numbers",
+            hint="train or download the model again; nothing was written",
+        )
+
+
+def inputs_evidence(calibration: Calibration, checkpoint: Checkpoint) -> dict[str, Evidence]:
+    """Singular values of W H^{1/2} of every matrix."""
+    whitened = calibration.factors(checkpoint, "whiten", Options())
+    return {name: Evidence(weighted_values=factors.singular_values) for name, factors in whitened.items()}
+
+
+def loss_evidence(calibration: Calibration, checkpoint: Checkpoint, objective: str, options: Options) -> dict[str, Evidence]:
+    """What each direction is worth to the loss, to second order: 1/2 tr(G dW H dW^T) / tokens^2, in nats per token.
+
+    Errors of different matrices and tokens are taken to be independent; they are not, so that the sum over a model is
+    too low by a factor (`forecast.py`), which is much the same for all its matrices.
+    """
+    evidence = {}
+    for name, factors in calibration.factors(checkpoint, dense_objective(objective), options).items():
+        found = calibration.statistics[name]
+        assert found.gram is not None
+        assert found.output_gram is not None
+        scores = tail_scores(factors, found.gram, found.output_gram) / (2 * found.tokens**2)
+        evidence[name] = Evidence(loss_scores=scores.clamp(min=0))
+    return evidence
+
+
+def dense_objective(objective: str) -> str:
+    """The objective itself, or for a sequential one what it is without knowledge of the compressed model."""
+    if not OBJECTIVES[objective].sequential:
+        return objective
+    return "two-sided" if "output_gram" in OBJECTIVES[objective].needs else "whiten"
+
+
+def _texts(checkpoint: Checkpoint, settings: CompressSettings) -> Texts:
+    return draw_texts(
+        settings.text,
+        load_tokenizer(checkpoint.path),
+        block_tokens=settings.block_tokens,
+        calibration=settings.calibration_blocks,
+        check=settings.check_blocks,
+        refinement=settings.refine_blocks if settings.refine != "none" else 0,
+        max_bytes=settings.max_bytes,
+        seed=settings.seed,
+    )
+
+
+def _refuse_few_tokens(matrices: Collection[Matrix], blocks: TokenBlocks, settings: CompressSettings) -> None:
+    """Fewer tokens than a matrix has inputs leave directions that no token decides."""
+    widest = max(matrices, key=lambda matrix: matrix.shape[1])
+    if blocks.num_tokens < (inputs := widest.shape[1]):
+        needed = -(-inputs // blocks.block_tokens)
+        raise UsageError(
+            f"{blocks.num_tokens:,} tokens of calibration text for the {inputs:,} inputs of {widest.name}: "
+            f"its Gram cannot have full rank",
+            hint=f"--calibration-blocks {needed} or more (the text had {len(blocks)} of {settings.calibration_blocks} "
+            "blocks), a longer text, or --objective plain",
+        )
+
+

@@ -1,0 +1,77 @@
+"""What can be bought for one matrix: its ranks in steps, what each costs, and at the top the dense matrix itself."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from lowrank_kit.checkpoint.writer import tensor_bytes
+from lowrank_kit.compression.forms import FORMS
+
+# Kernels of tensor cores take multiples of 16 (8 at least) without padding. A step of 1/64 of the smaller side moves
+# the share kept by 3 % of the matrix at most, and steps of all matrices together fill a budget far more closely.
+MAX_ALIGN = 16
+STEPS_IN_SIDE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """The steps of one matrix, cheapest first.
+
+    Args:
+        shape: (out, in).
+        ranks: [L] int64 ascending; the last one, one above the cap, stands for the dense matrix.
+        costs: [L] int64 ascending, numbers or bytes; the last one is that of the dense matrix.
+    """
+
+    shape: tuple[int, int]
+    ranks: np.ndarray
+    costs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def rank(self, step: int) -> int | None:
+        """Rank at a step, None where the matrix is dense."""
+        return None if step == len(self) - 1 else int(self.ranks[step])
+
+    def above(self, step: int) -> Ladder:
+        """The ladder from a step on."""
+        return Ladder(self.shape, self.ranks[step:], self.costs[step:])
+
+
+@lru_cache(maxsize=256)
+def ladder(shape: tuple[int, int], form: str, dtype: str | None, align: int | None) -> Ladder:
+    """The ladder of a matrix.
+
+    Ranks are multiples of `align`, below the first of them powers of two. None is above the cap, the largest rank that
+    costs less than the dense matrix: a matrix without such a rank has only the last step.
+
+    Args:
+        shape: (out, in).
+        form: of storage, see `FORMS`.
+        dtype: as safetensors says it, to count bytes; None to count numbers.
+        align: what ranks are multiples of; None for `default_align`.
+    """
+    count = FORMS[form].numbers
+    dense = shape[0] * shape[1]
+    if dtype is not None:
+        dense = tensor_bytes(dtype, shape)
+
+    def cost(rank: int) -> int:
+        return count(shape, rank) if dtype is None else FORMS[form].nbytes(shape, rank, dtype)
+
+    cap = bisect_left(range(1, min(shape) + 1), dense, key=cost)
+    align = align or default_align(shape)
+    powers = [1 << i for i in range(align.bit_length()) if 1 << i < align]
+    ranks = [rank for rank in (*powers, *range(align, cap + 1, align)) if rank <= cap]
+    return Ladder(shape, np.array([*ranks, cap + 1]), np.array([*map(cost, ranks), dense]))
+
+
+def default_align(shape: tuple[int, int]) -> int:
+    """The largest power of two up to a 64th of the smaller side, from 1 to 16."""
+    share = max(1, min(shape) // STEPS_IN_SIDE)
+    return int(min(MAX_ALIGN, 1 << (share.bit_length() - 1)))

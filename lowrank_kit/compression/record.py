@@ -1,0 +1,140 @@
+"""What a compression says of itself: compression.json, config.json and the model card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from lowrank_kit.checkpoint.card import compressed_card
+from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE
+from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
+from lowrank_kit.compression.calibration import Calibration
+from lowrank_kit.compression.fold import Folded
+from lowrank_kit.compression.forms import FORMS
+from lowrank_kit.compression.objectives import OBJECTIVES
+from lowrank_kit.compression.plan import Plan
+from lowrank_kit.compression.settings import AUTO, CompressSettings
+from lowrank_kit.report.environment import environment
+from lowrank_kit.report.files import write_json, write_text
+
+
+def make_report(
+    plan: Plan, model: str, calibration: Calibration | None, folded: Folded, errors: dict[str, float]
+) -> dict[str, Any]:
+    """The contents of compression.json.
+
+    Args:
+        plan: as it was made.
+        model: as the user named it.
+        calibration: if there was one.
+        folded: what the matrices became.
+        errors: name of a matrix -> relative error of its outputs on the check text.
+    """
+    rows = []
+    for planned in plan.matrices:
+        name = planned.stored.matrix.name
+        piece = folded.pieces.get(name)
+        energy = None if piece is None else piece.kept_energy
+        rows.append({**planned.row(), "kept_energy": energy, "relative_error": errors.get(name)})
+    return {
+        "model": model,
+        "command": command_line(model, plan.settings),
+        "settings": asdict(plan.settings),
+        "totals": plan.totals(),
+        "calibration": calibration and calibration.texts.record(),
+        "check": calibration and {"loss_dense": calibration.check_loss},
+        "refined": {stage: refined.record() for stage, refined in folded.refined.items()},
+        "matrices": rows,
+        "seconds": dict(calibration.seconds) if calibration else {},
+        "environment": environment(),
+    }
+
+
+def command_line(model: str, settings: CompressSettings) -> str:
+    """The command that does the same again."""
+    words = ["lowrank", "compress", model]
+    for field in fields(CompressSettings):
+        value = getattr(settings, field.name)
+        if value != field.default and field.name != "time":
+            words += [f"--{field.name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join([*words, "-o", "OUTPUT"])
+
+
+def write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
+    """Config, report and model card."""
+    config = dict(plan.checkpoint.config)
+    if matrices := plan.quantization_config():
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": needed_version(matrices),
+            "matrices": matrices,
+        }
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_json(folder / REPORT_FILE, report)
+    card = compressed_card(
+        base_model=Path(report["model"]).name if Path(report["model"]).is_dir() else report["model"],
+        summary=size_rows(plan.totals()),
+        matrices=role_rows(report["matrices"]),
+        how=_how(plan.settings, report),
+    )
+    write_text(folder / "README.md", card)
+
+
+def _how(settings: CompressSettings, report: dict[str, Any]) -> dict[str, Any]:
+    check, text = report["check"] or {}, report["calibration"]
+    forms = list(FORMS) if settings.form == AUTO else [settings.form or "factors"]
+    refined = report["refined"].items()
+    return {
+        "budget": settings.budget_words,
+        "objective": f"{settings.objective} ({OBJECTIVES[settings.objective].title})",
+        "allocation": settings.allocation,
+        "form": "; ".join(f"{form}: {FORMS[form].title}" for form in forms),
+        "refined": ", ".join(f"{stage}: {r['before']:.4g} to {r['after']:.4g}" for stage, r in refined) or None,
+        "calibration": text and "{source}, {tokens:,} tokens, sha256 {sha256}".format(**text),
+        "loss on check text": check.get("loss_compressed")
+        and "{loss_dense:.4f} dense, {loss_compressed:.4f} compressed, in nats per token".format(**check),
+        "seed": settings.seed,
+        "command": f"`{report['command']}`" if not Path(report["model"]).is_dir() else None,
+        "lowrank-kit": report["environment"].get("lowrank-kit"),
+    }
+def size_rows(totals: dict[str, Any]) -> list[dict[str, Any]]:
+    """Kept and removed of the matrices and of the whole model, in numbers; of the files in bytes."""
+    pairs = {
+        "matrices (numbers)": ("matrix_numbers_before", "matrix_numbers_after"),
+        "model (numbers)": ("model_numbers_before", "model_numbers_after"),
+        "files (bytes)": ("bytes_before", "bytes_after"),
+    }
+    return [
+        {
+            "": name,
+            "dense": totals[before],
+            "compressed": totals[after],
+            "kept %": round(100 * totals[after] / totals[before], 1),
+            "removed %": round(100 - 100 * totals[after] / totals[before], 1),
+        }
+        for name, (before, after) in pairs.items()
+    ]
+
+
+def role_rows(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per role: how many, shape, lowest and highest rank, mean error, and why some stay dense."""
+    rows = []
+    for role in dict.fromkeys(m["role"] for m in matrices):
+        here = [m for m in matrices if m["role"] == role]
+        ranks = sorted({m["rank"] for m in here if m["rank"] is not None})
+        errors = [m["relative_error"] for m in here if m.get("relative_error") is not None]
+        rows.append(
+            {
+                "role": role,
+                "matrices": len(here),
+                "out x in": ", ".join(dict.fromkeys(f"{m['out']} x {m['in']}" for m in here)),
+                "rank": "-".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or None,
+                "dense": sum(m["rank"] is None for m in here),
+                "error": sum(errors) / len(errors) if errors else None,
+                "note": "; ".join(dict.fromkeys(m["note"] for m in here if m["note"])),
+            }
+        )
+    return rows

@@ -95,14 +95,14 @@ def _plan_text(totals: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def _report_text(report: dict[str, Any], output: Path) -> str:
-    from lowrank_kit.compression.run import role_rows
+    from lowrank_kit.compression.record import role_rows
     from lowrank_kit.report.tables import text_table
 
     return f"{text_table(role_rows(report['matrices']))}\n\n{_size_text(report['totals'])}\nwrote {output}"
 
 
 def _size_text(totals: dict[str, Any]) -> str:
-    from lowrank_kit.compression.run import size_rows
+    from lowrank_kit.compression.record import size_rows
     from lowrank_kit.report.tables import text_table
 
     sizes = text_table(size_rows(totals))

@@ -108,9 +108,7 @@ def calibrate(
     started = time.perf_counter()
     outputs: dict[str, Tensor] = {}
     if settings.needs_curvature if curvature is None else curvature:
-        outputs = output_grams(
-            model, matrices, texts.calibration, batch_size=settings.batch_size, seed=settings.seed
-        )
+        outputs = output_grams(model, matrices, texts.calibration, batch_size=settings.batch_size, seed=settings.seed)
         seconds["curvature"] = round(time.perf_counter() - started, 3)
     started = time.perf_counter()
     check_grams = input_grams(model, matrices, texts.check, batch_size=settings.batch_size)
@@ -118,8 +116,7 @@ def calibrate(
     seconds["check"] = round(time.perf_counter() - started, 3)
     tokens = texts.calibration.num_tokens
     statistics = {
-        m.name: Statistics(tokens=tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name))
-        for m in matrices
+        m.name: Statistics(tokens=tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name)) for m in matrices
     }
     return Calibration(checkpoint.path, texts, statistics, check_grams, check_loss, seconds)
 
@@ -174,7 +171,9 @@ def inputs_evidence(calibration: Calibration, checkpoint: Checkpoint) -> dict[st
     return {name: Evidence(weighted_values=factors.singular_values) for name, factors in whitened.items()}
 
 
-def loss_evidence(calibration: Calibration, checkpoint: Checkpoint, objective: str, options: Options) -> dict[str, Evidence]:
+def loss_evidence(
+    calibration: Calibration, checkpoint: Checkpoint, objective: str, options: Options
+) -> dict[str, Evidence]:
     """What each direction is worth to the loss, to second order: 1/2 tr(G dW H dW^T) / tokens^2, in nats per token.
 
     Errors of different matrices and tokens are taken to be independent; they are not, so that the sum over a model is
@@ -221,5 +220,3 @@ def _refuse_few_tokens(matrices: Collection[Matrix], blocks: TokenBlocks, settin
             hint=f"--calibration-blocks {needed} or more (the text had {len(blocks)} of {settings.calibration_blocks} "
             "blocks), a longer text, or --objective plain",
         )
-
-

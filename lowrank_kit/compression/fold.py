@@ -272,5 +272,3 @@ def _others(model: PreTrainedModel) -> dict[str, Tensor]:
     layers = [name for name, module in model.named_modules() if isinstance(module, LOW_RANK_LAYERS)]
     factors = {f"{name}.{leaf}.weight" for name in layers for leaf in "ABC"}
     return {name: p.detach().cpu() for name, p in trainable(model).items() if name not in factors}
-
-

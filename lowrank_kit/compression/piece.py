@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.plan import PlannedMatrix
-from lowrank_kit.layers import exchange_linear
+from lowrank_kit.layers import LowRankLinear, exchange_linear
 from lowrank_kit.linalg.factor import Factors
+
 # Those of a matrix, by safetensors' words.
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -48,7 +49,7 @@ class Piece:
         layer = exchange_linear(model, name, rank, self.planned.form)
         layer.load_state_dict({**layer.state_dict(), **self.tensors})
         if (bias := getattr(old, "bias", None)) is not None:
-            place = layer.B if self.planned.form == "factors" else layer
+            place: nn.Module = layer.B if isinstance(layer, LowRankLinear) else layer
             place.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
     def read_back(self, model: nn.Module) -> Piece:
@@ -93,8 +94,12 @@ def _cut(planned: PlannedMatrix, factors: Factors) -> Piece:
     assert planned.rank is not None
     short = factors.truncate(planned.rank)
     form = FORMS[planned.form]
-    names = [name.removeprefix(".") for name, _, _ in form.tensors("", "F32", planned.stored.matrix.shape, planned.rank)]
-    stored = form.stored(Factors(short.B.double(), short.A.double(), short.singular_values), TORCH_DTYPES[planned.dtype])
+    names = [
+        name.removeprefix(".") for name, _, _ in form.tensors("", "F32", planned.stored.matrix.shape, planned.rank)
+    ]
+    stored = form.stored(
+        Factors(short.B.double(), short.A.double(), short.singular_values), TORCH_DTYPES[planned.dtype]
+    )
     energy = 1 - factors.relative_error(planned.rank) ** 2
     return Piece(planned, dict(zip(names, (t.contiguous() for t in stored), strict=True)), energy)
 

@@ -35,7 +35,6 @@ class PlannedMatrix:
         form: how it is stored, see `FORMS`; "dense" if it stays dense.
         rank: of what is stored, None if it stays dense.
         reason: why it stays dense, "" if it does not.
-        form: of storage, see `FORMS`; without meaning if it stays dense.
     """
 
     stored: StoredMatrix
@@ -43,7 +42,6 @@ class PlannedMatrix:
     form: str
     rank: int | None
     reason: str
-    form: str = "factors"
 
     @property
     def disk_path(self) -> str:

@@ -100,6 +100,8 @@ def _how(settings: CompressSettings, report: dict[str, Any]) -> dict[str, Any]:
         "command": f"`{report['command']}`" if not Path(report["model"]).is_dir() else None,
         "lowrank-kit": report["environment"].get("lowrank-kit"),
     }
+
+
 def size_rows(totals: dict[str, Any]) -> list[dict[str, Any]]:
     """Kept and removed of the matrices and of the whole model, in numbers; of the files in bytes."""
     pairs = {

@@ -26,7 +26,7 @@ from lowrank_kit.compression.evidence import weight_evidence
 from lowrank_kit.compression.fold import Folded, fold
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.piece import TORCH_DTYPES
-from lowrank_kit.compression.plan import Plan, evidence_needed, make_plan, output_name
+from lowrank_kit.compression.plan import Plan, PlannedMatrix, evidence_needed, make_plan, output_name
 from lowrank_kit.compression.record import make_report, write_documents
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import mean_loss
@@ -74,9 +74,7 @@ def compress(
     with new_folder(output) as folder:
         for name, tensor in checkpoint.tensors():
             refuse_non_finite(checkpoint, name, tensor)
-        plan, calibration = prepare(
-            checkpoint, settings, needed, calibration=calibration, device=device, dtype=dtype
-        )
+        plan, calibration = prepare(checkpoint, settings, needed, calibration=calibration, device=device, dtype=dtype)
         folded = fold(plan, calibration, device=resolve_device(device), dtype=resolve_dtype(dtype))
         plan = replace(plan, matrices=tuple(_as_made(m, folded) for m in plan.matrices))
         write_shards(folder, list(plan.shards), _filler(plan, _made(plan, folded)))
@@ -136,7 +134,7 @@ def _evidence(
     return loss_evidence(calibration, checkpoint, settings.objective, settings.options)
 
 
-def _as_made(planned: Any, folded: Folded) -> Any:
+def _as_made(planned: PlannedMatrix, folded: Folded) -> PlannedMatrix:
     piece = folded.pieces.get(planned.stored.matrix.name)
     return planned if piece is None else piece.planned
 
@@ -150,9 +148,9 @@ def _made(plan: Plan, folded: Folded) -> dict[str, Tensor]:
         return made
     on_disk = plan.checkpoint.disk_names()
     for name, tensor in folded.others.items():
-        owner, _, _ = name.removesuffix(".B.bias").rpartition(".") if not name.endswith(".B.bias") else (name[:-7], "", "")
-        piece = folded.pieces.get(owner)
-        target = f"{piece.planned.disk_path}{name.removeprefix(owner)}" if piece is not None else on_disk[name]
+        owner = name.removesuffix(".bias").removesuffix(".B")
+        layer = folded.pieces.get(owner)
+        target = on_disk[name] if layer is None else layer.planned.disk_path + name.removeprefix(owner)
         made[target] = tensor
     return made
 

@@ -12,5 +12,8 @@ def _factorize(W: Tensor, statistics: Statistics, options: Options) -> Factors:
 
 
 SCALED = Objective(
-    "error of the weights, columns scaled by the size of their inputs", _factorize, "ASVD, arXiv 2312.05821", frozenset({"gram"})
+    "error of the weights, columns scaled by the size of their inputs",
+    _factorize,
+    "ASVD, arXiv 2312.05821",
+    frozenset({"gram"}),
 )

@@ -30,7 +30,7 @@ from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import LowRankConfig
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.layers import LAYERS, LowRankLinear, PivotedLinear, exchange_linear
+from lowrank_kit.layers import LAYERS, LowRankLinear, PivotedLinear
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.optim import parameter_groups
 from tests.families import FAMILIES, build, token_ids
@@ -267,22 +267,6 @@ def test_the_tensor_parallel_plan_splits_the_factors(compressed: Path) -> None:
         assert plan[f"model.layers.*.{role}.A"] == "rowwise"
     # Else the sentinel would be split, and the sum of the shards taken twice.
     assert not [name for name in plan if name.endswith("_proj")]
-
-
-def test_what_stands_beside_a_pivoted_layer_stays_whole(tmp_path: Path) -> None:
-    """The output of a pivoted q is whole, so attention has all heads, and o reads all of them."""
-    model = build("qwen3")
-    forms = {matrix.name: "factors" for matrix in find_matrices(model)} | {"model.layers.1.self_attn.q_proj": "pivoted"}
-    for name, form in forms.items():
-        exchange_linear(model, name, 8, form)
-    model.config.quantization_config = LowRankConfig({name: {"rank": 8, "form": form} for name, form in forms.items()})
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 2
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-    plan = loaded.tp_plan
-    assert not [name for name in plan if "self_attn" in name]
-    assert plan["model.layers.*.mlp.up_proj.B"] == "colwise"
 
 
 def changed_config(folder: Path, copy: Path, **changes: object) -> Path:

@@ -23,7 +23,7 @@ from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.data.blocks import token_blocks
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.layers import LAYERS
+from lowrank_kit.layers import LowRankLinear, PivotedLinear
 
 BLOCKS, BLOCK_TOKENS = 24, 32
 
@@ -55,7 +55,7 @@ def inputs_of(model: LlamaForCausalLM, names: list[str], ids: Tensor) -> dict[st
 def low_rank_weights(folder: Path) -> dict[str, Tensor]:
     """B A of every factorized matrix, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder).double()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, tuple(LAYERS.values()))}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear | PivotedLinear)}
     return {name: layer.dense_weight().detach() for name, layer in layers.items()}
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lowrank_kit.linalg.factor import truncated_svd, weighted_error
-from lowrank_kit.linalg.pivot import TOLERANCE, Pivoted, expand, pivot
+from lowrank_kit.linalg.pivot import TOLERANCE, Pivoted, _coefficients, _lu_order, _swap, expand, pivot
 from tests.linalg.cases import CASES, DTYPES, with_spectrum
 
-# (out, in, rank)
-SHAPES = [(14, 6, 3), (6, 14, 5), (8, 8, 4), (8, 8, 1), (9, 5, 5), (5, 9, 5), (2, 2, 1), (1, 6, 1), (60, 40, 25)]
+# (out, in, rank). The last one takes some thirty swaps.
+SHAPES = [(14, 6, 3), (6, 14, 5), (8, 8, 4), (8, 8, 1), (9, 5, 5), (5, 9, 5), (2, 2, 1), (1, 6, 1), (300, 120, 100)]
 
 
 def check_form(form: Pivoted, num_out: int, rank: int) -> None:
@@ -67,6 +67,16 @@ def test_swaps_enlarge_the_volume_to_a_local_maximum() -> None:
             tried = kept.clone()
             tried[j] = other
             assert torch.linalg.det(B[tried]).abs() <= volume * (1 + TOLERANCE + 1e-9)
+
+
+def test_swapped_coefficients_are_those_of_the_swapped_rows() -> None:
+    """The updates of rank one against solving anew."""
+    basis = torch.linalg.qr(torch.randn(300, 100, dtype=torch.float64)).Q
+    before = _lu_order(basis)
+    C, order = _coefficients(basis, before), before.clone()
+    _swap(C, order)
+    assert (order != before).sum() > 20
+    torch.testing.assert_close(C, _coefficients(basis, order), atol=1e-11, rtol=0)
 
 
 def wilkinson(side: int) -> Tensor:

@@ -163,7 +163,7 @@ def make_plan(
         ValueError: the allocation needs evidence, and there is none.
     """
     dense, smallest = _bounds(checkpoint, settings)
-    limit = _limit(settings, dense)
+    limit = settings.limit(dense.spent)
     if dense.spent <= limit:
         return dense
     if ALLOCATIONS[settings.allocation or "uniform"].needs != "nothing" and evidence is None:
@@ -191,7 +191,9 @@ def evidence_needed(checkpoint: Checkpoint, settings: CompressSettings) -> str:
         DoesNotFitError: the budget is below the smallest possible, which is told.
     """
     dense, _ = _bounds(checkpoint, settings)
-    return "nothing" if dense.spent <= _limit(settings, dense) else ALLOCATIONS[settings.allocation or "uniform"].needs
+    if dense.spent <= settings.limit(dense.spent):
+        return "nothing"
+    return ALLOCATIONS[settings.allocation or "uniform"].needs
 
 
 def _bounds(checkpoint: Checkpoint, settings: CompressSettings) -> tuple[Plan, Plan]:
@@ -201,7 +203,7 @@ def _bounds(checkpoint: Checkpoint, settings: CompressSettings) -> tuple[Plan, P
     smallest = _plan(checkpoint, settings, {m.stored.matrix.name: 0 for m in dense.matrices})
     least_plan = min(smallest, dense, key=lambda plan: plan.spent)
     least = least_plan.spent
-    if _limit(settings, dense) < least:
+    if settings.limit(dense.spent) < least:
         unit = "bytes" if settings.budget == "size" else "numbers"
         possible = f"{least:,} {unit}"
         amount: float | int = least
@@ -220,14 +222,6 @@ def _counts(plan: Plan) -> str:
     """How many matrices become what."""
     counts = Counter("at rank 1" if m.rank is not None else f"dense ({m.reason})" for m in plan.matrices)
     return ", ".join(f"{count} of {len(plan.matrices)} matrices {what}" for what, count in counts.items())
-
-
-def _limit(settings: CompressSettings, dense: Plan) -> int:
-    """The budget in numbers or bytes."""
-    if settings.keep is not None:
-        # As it is written: 0.29 in binary is a little less, and a number of the budget would be lost.
-        return math.floor(Fraction(str(settings.keep)) * dense.spent)
-    return int(settings.amount)
 
 
 def _refuse_compressed(checkpoint: Checkpoint) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 from lowrank_kit.checkpoint.writer import MAX_SHARD_BYTES
@@ -172,6 +174,17 @@ class CompressSettings:
     def budget_scope(self) -> str:
         """What it is of: "matrices" or "model"."""
         return self.scope or SCOPES[self.budget]
+
+    def limit(self, dense: int) -> int:
+        """The budget as a number of numbers or bytes.
+
+        Args:
+            dense: of what it is of, left dense.
+        """
+        if self.keep is None:
+            return int(self.amount)
+        # As it is written: 0.29 in binary is a little less, and of 100 would be 28.
+        return math.floor(Fraction(str(self.keep)) * dense)
 
     @property
     def budget_words(self) -> str:

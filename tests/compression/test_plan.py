@@ -319,6 +319,12 @@ def test_budgets_that_make_no_sense(given: dict[str, object], message: str) -> N
     assert str(raised.value).startswith(message)
 
 
+def test_keep_is_taken_as_it_is_written() -> None:
+    assert [CompressSettings(keep=keep).limit(100) for keep in (0.29, 0.57, 0.07, 1)] == [29, 57, 7, 100]
+    assert CompressSettings(keep=0.3333333333333333).limit(3 * 10**15) == 999_999_999_999_999
+    assert CompressSettings(params=7).limit(100) == CompressSettings(size=7).limit(100) == 7
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import AmountType, device_option, json_option, output_option, seed_option, verbosity_options
+from .options import AmountType, DurationType, device_option, json_option, output_option, seed_option, verbosity_options
 from .output import check_new_folder, emit
 
 
@@ -22,19 +22,34 @@ from .output import check_new_folder, emit
     default=None,
     help="What the budget is of; by default the matrices for --keep, the model for --params and --size.",
 )
-@click.option("--objective", metavar="NAME", default="whiten", show_default=True, help="plain or whiten.")
+@click.option(
+    "--objective",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="What factors minimize: plain, scaled, whiten, anchored, two-sided, anchored-two-sided; auto chooses.",
+)
 @click.option(
     "--allocation",
     metavar="NAME",
-    default="uniform",
-    show_default=True,
-    help="In which order ranks are bought: uniform, erank, lagrange or loss.",
+    default=None,
+    help="Order in which ranks are bought: uniform, erank, lagrange or loss.",
 )
+@click.option("--form", metavar="NAME", default=None, help="Of storage: factors, pivoted, or auto for the better one.")
+@click.option("--refine", metavar="NAME", default=None, help="Train against the dense model: none, block, e2e or both.")
+@click.option("--time", type=DurationType(), default=None, help="What auto may plan for.  [default: 30m]")
 @click.option("--align", type=int, default=None, help="What ranks are multiples of.  [default: up to 16, by the shape]")
-@click.option("--form", metavar="NAME", default="factors", show_default=True, help="Of storage: factors or pivoted.")
+@click.option(
+    "--blend", type=float, default=1.0, show_default=True, help="Of anchored: 0 keeps the map, 1 the outputs."
+)
 @click.option("--text", metavar="SOURCE", default=None, help="Calibration: file, folder, hub:NAME[:split] or stdlib.")
 @click.option("--calibration-blocks", type=int, default=128, show_default=True, help="Sequences of calibration text.")
 @click.option("--check-blocks", type=int, default=32, show_default=True, help="Sequences apart, to measure errors on.")
+@click.option("--refine-blocks", type=int, default=256, show_default=True, help="Sequences apart, to refine on.")
+@click.option("--block-epochs", type=int, default=4, show_default=True, help="Passes over them, by block.")
+@click.option("--block-rate", type=float, default=0.1, show_default=True, help="Learning rate / size of a tensor.")
+@click.option("--e2e-epochs", type=int, default=4, show_default=True, help="Passes over them, end to end.")
+@click.option("--e2e-rate", type=float, default=0.02, show_default=True, help="Learning rate / size of a tensor.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--max-bytes", type=int, default=None, help="Most bytes of text to take.")
@@ -58,8 +73,9 @@ def command(
     """Factorize a model's matrices to a target size.
 
     Each matrix of MODEL (a folder or a hub name) becomes two thin ones. Exactly one budget: --keep, --params or
-    --size; it is never exceeded. The result is a Hugging Face folder that from_pretrained loads after
-    `import lowrank_kit`.
+    --size; it is never exceeded. How is chosen by the time allowed, or said by --objective, --allocation, --form and
+    --refine; text is drawn in disjoint parts to calibrate, to refine and to check. The result is a Hugging Face
+    folder that from_pretrained loads after `import lowrank_kit`.
     """
     from lowrank_kit.errors import UsageError
 
@@ -70,14 +86,11 @@ def command(
     settings = CompressSettings(**given)
     if dry_run:
         from lowrank_kit.checkpoint.folder import Checkpoint
-        from lowrank_kit.compression.evidence import weight_evidence
-        from lowrank_kit.compression.plan import evidence_needed, make_plan
+        from lowrank_kit.compression.preview import preview
+        from lowrank_kit.device import resolve_device
 
-        checkpoint = Checkpoint.open(model)
-        evidence = weight_evidence(checkpoint) if evidence_needed(checkpoint, settings) == "weights" else None
-        plan = make_plan(checkpoint, settings, evidence)
-        rows = [matrix.row() for matrix in plan.matrices]
-        emit({"totals": plan.totals(), "matrices": rows}, _plan_text(plan.totals(), rows), as_json)
+        found = preview(Checkpoint.open(model), settings, resolve_device(device))
+        emit(found, _plan_text(found), as_json)
         return
     assert output is not None
     check_new_folder(output)
@@ -87,18 +100,39 @@ def command(
     emit(report, _report_text(report, output), as_json)
 
 
-def _plan_text(totals: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    from lowrank_kit.report.tables import text_table
+def _plan_text(found: dict[str, Any]) -> str:
+    from lowrank_kit.report.tables import duration, text_table
 
     columns = ["matrix", "role", "out", "in", "rank", "form", "kept", "note"]
-    return f"{text_table(rows, columns)}\n\n{_size_text(totals)}\nnothing written (--dry-run)"
+    parts = [text_table(found["matrices"], columns), _size_text(found["totals"])]
+    stages = [
+        {"stage": name, "tokens": int(stage["tokens"]) or None, "time": duration(stage["seconds"])}
+        for name, stage in found["choice"]["stages"].items()
+    ]
+    parts += [text_table(stages), "\n".join(filter(None, [*found["choice"]["reasons"], found["note"]]))]
+    parts += [_forecast_text(found["forecast"]), "nothing written (--dry-run)"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _forecast_text(forecast: dict[str, Any] | None) -> str:
+    if forecast is None:
+        return ""
+    return "forecast: loss +{nats:.3g} nats per token, within a factor of {factor:g}, from {from}".format(**forecast)
 
 
 def _report_text(report: dict[str, Any], output: Path) -> str:
     from lowrank_kit.compression.record import role_rows
     from lowrank_kit.report.tables import text_table
 
-    return f"{text_table(role_rows(report['matrices']))}\n\n{_size_text(report['totals'])}\nwrote {output}"
+    parts = [text_table(role_rows(report["matrices"])), _size_text(report["totals"])]
+    parts += ["\n".join(report["choice"]["reasons"]), _forecast_text(report["forecast"])]
+    if (check := report["check"]) is not None:
+        parts.append(
+            "loss on check text: {loss_dense:.4f} dense, {loss_compressed:.4f} compressed (+{increase:.3g})".format(
+                **check, increase=check["loss_compressed"] - check["loss_dense"]
+            )
+        )
+    return "\n\n".join(part for part in [*parts, f"wrote {output}"] if part)
 
 
 def _size_text(totals: dict[str, Any]) -> str:

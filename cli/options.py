@@ -62,6 +62,20 @@ class AmountType(click.ParamType):
         return int(Fraction(found[1]) * units[found[2]])
 
 
+class DurationType(click.ParamType):
+    """A time such as 90s, 10m, 1.5h or 2d, or a number of seconds; as seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhd]?)", value.strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a time, such as 90s, 10m or 1.5h.", param, ctx)
+        return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
+
+
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of everything random."
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.checkpoint.writer import Shard, write_shards
 from lowrank_kit.compression.allocation import Evidence
+from lowrank_kit.compression.auto import choose
 from lowrank_kit.compression.calibration import (
     Calibration,
     calibrate,
@@ -24,6 +26,7 @@ from lowrank_kit.compression.calibration import (
 )
 from lowrank_kit.compression.evidence import weight_evidence
 from lowrank_kit.compression.fold import Folded, fold
+from lowrank_kit.compression.forecast import forecast
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.piece import TORCH_DTYPES
 from lowrank_kit.compression.plan import Plan, PlannedMatrix, evidence_needed, make_plan, output_name
@@ -33,6 +36,8 @@ from lowrank_kit.compression.statistics import mean_loss
 from lowrank_kit.device import resolve_device, resolve_dtype
 from lowrank_kit.linalg.factor import weighted_error
 from lowrank_kit.report.files import new_folder
+
+logger = logging.getLogger(__name__)
 
 # Files of a model folder that are not made anew: tokenizer, generation settings, chat template.
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
@@ -69,17 +74,26 @@ def compress(
         LowRankError: a broken shard, NaN or Inf in a matrix, an activation or a loss.
     """
     checkpoint = Checkpoint.open(model)
-    settings = settings.with_defaults()
+    choice = choose(checkpoint, settings, resolve_device(device))
+    settings = choice.settings
+    for reason in choice.reasons:
+        logger.info("chosen: %s", reason)
     needed = evidence_needed(checkpoint, settings)
     with new_folder(output) as folder:
         for name, tensor in checkpoint.tensors():
             refuse_non_finite(checkpoint, name, tensor)
-        plan, calibration = prepare(checkpoint, settings, needed, calibration=calibration, device=device, dtype=dtype)
+        plan, evidence, calibration = prepare(
+            checkpoint, settings, needed, calibration=calibration, device=device, dtype=dtype
+        )
+        expected = forecast(plan.matrices, evidence, settings.refine or "none")
+        if expected is not None:
+            logger.info("forecast: +%.3g nats per token, within a factor of %g (%s)", *expected.values())
         folded = fold(plan, calibration, device=resolve_device(device), dtype=resolve_dtype(dtype))
         plan = replace(plan, matrices=tuple(_as_made(m, folded) for m in plan.matrices))
         write_shards(folder, list(plan.shards), _filler(plan, _made(plan, folded)))
         _copy_others(checkpoint.path, folder)
         report = make_report(plan, str(model), calibration, folded, output_errors(plan, calibration, folded))
+        report |= {"choice": choice.record(), "forecast": expected}
         write_documents(folder, plan, report)
         if calibration is not None:
             report["check"] |= {"loss_compressed": _check_loss(folder, calibration, settings, device, dtype)}
@@ -95,8 +109,8 @@ def prepare(
     calibration: Calibration | None = None,
     device: str = "auto",
     dtype: str = "float32",
-) -> tuple[Plan, Calibration | None]:
-    """The plan, and what has to be known of the model for it and for the factors.
+) -> tuple[Plan, dict[str, Evidence] | None, Calibration | None]:
+    """The plan, the evidence for it, and what has to be known of the model for both and for the factors.
 
     Args:
         checkpoint: of the dense model.
@@ -107,11 +121,14 @@ def prepare(
     text_wanted = OBJECTIVES[settings.objective].needs_text or needed in ("inputs", "loss") or settings.refine != "none"
     if calibration is not None and calibration.model != checkpoint.path:
         raise ValueError(f"the calibration is of {calibration.model}, not of {checkpoint.path}")
+    if calibration is not None and settings.refine != "none" and calibration.texts.refinement is None:
+        raise ValueError("the calibration has no refinement text: calibrate with settings that refine")
     if not text_wanted:
         calibration = None
     elif calibration is None and not _all_dense(checkpoint, settings, needed):
         calibration = calibrate(checkpoint, settings, device=device, dtype=dtype)
-    return make_plan(checkpoint, settings, _evidence(checkpoint, settings, needed, calibration)), calibration
+    evidence = _evidence(checkpoint, settings, needed, calibration)
+    return make_plan(checkpoint, settings, evidence), evidence, calibration
 
 
 def _all_dense(checkpoint: Checkpoint, settings: CompressSettings, needed: str) -> bool:

@@ -80,10 +80,10 @@ class CompressSettings:
     calibration_blocks: int = 128
     check_blocks: int = 32
     refine_blocks: int = 256
-    block_epochs: int = 8
-    block_rate: float = 0.03
+    block_epochs: int = 4
+    block_rate: float = 0.1
     e2e_epochs: int = 4
-    e2e_rate: float = 0.01
+    e2e_rate: float = 0.02
     block_tokens: int = 256
     batch_size: int = 8
     max_bytes: int | None = None

@@ -49,6 +49,14 @@ def markdown_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
     return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines)
 
 
+def duration(seconds: float) -> str:
+    """An estimate of time in words: 200 -> "about 3 minutes"."""
+    for name, unit in (("years", 365 * 86_400), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * unit:
+            return f"about {seconds / unit:,.0f} {name}"
+    return f"about {max(seconds, 1):.0f} seconds"
+
+
 def _escape(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
 

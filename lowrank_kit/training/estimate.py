@@ -16,6 +16,7 @@ from lowrank_kit.errors import DoesNotFitError
 from lowrank_kit.matrices import Matrix, find_matrices
 from lowrank_kit.optim.footprint import state_bytes, step_bytes, step_flops
 from lowrank_kit.optim.numuon import NuMuon
+from lowrank_kit.report.tables import duration
 from lowrank_kit.training.effective_rank import token_share
 from lowrank_kit.training.processes import num_processes
 from lowrank_kit.training.settings import TrainSettings
@@ -207,7 +208,7 @@ def report_rows(report: Mapping[str, Any], settings: TrainSettings) -> list[dict
     rows += [(f"disk: {name}", _size(nbytes), _DISK[name]) for name, nbytes in report["disk"].items()]
     rows += [(f"work: {name}", _size(flops[name], "FLOP"), how) for name, how in _WORK.items()]
     speed = f"{UTILIZATION:.0%} of {_size(report['product_flops_per_s'], 'FLOP/s')} in products here, give or take half"
-    rows += [("time", _duration(report["seconds"]), speed)]
+    rows += [("time", duration(report["seconds"]), speed)]
     return [dict(zip(("what", "how much", "how"), row, strict=True)) for row in rows]
 
 
@@ -292,10 +293,3 @@ def _size(number: float, unit: str = "B") -> str:
     number /= 1000**place
     decimals = max(0, 2 - math.floor(math.log10(number))) if place else 0
     return f"{number:,.{decimals}f} {_PREFIXES[place]}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    for name, unit in (("years", 365 * 86_400), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * unit:
-            return f"about {seconds / unit:,.0f} {name}"
-    return f"about {max(seconds, 1):.0f} seconds"

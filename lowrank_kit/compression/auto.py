@@ -1,0 +1,166 @@
+"""Choose what is left open: the best that the time and the memory allow, and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.compression.calibration import foldable
+from lowrank_kit.compression.objectives import OBJECTIVES
+from lowrank_kit.compression.settings import AUTO, CompressSettings
+from lowrank_kit.device import available_memory, product_flops
+from lowrank_kit.report.tables import duration
+
+# Seconds that auto plans for where --time says nothing.
+DEFAULT_SECONDS = 30 * 60
+# Share of the speed of large products that a model's forward and backward pass reach, as `lowrank train` measured it;
+# and decompositions, whose arithmetic is 25 S^3 for a symmetric matrix of side S (LAPACK's syevd with vectors).
+PASS_SHARE, DECOMPOSITION_SHARE, DECOMPOSITION_WORK = 0.5, 0.1, 25
+# Work of the stages in forward passes over their text: Grams with a forward pass; a forward and a backward pass for
+# activations, and Grams of outputs; four inputs of a block read in two models; a step, its backward pass and the dense
+# model's part.
+GRAMS, CURVATURE, TWO_STREAMS, BLOCK_STEP, E2E_STEP = 1.7, 3.7, 5.0, 3.5, 4.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings with nothing left open, and why.
+
+    Args:
+        settings: what was chosen.
+        reasons: in words, one for each choice.
+        stages: name of a stage -> tokens it reads and seconds it is estimated to take.
+    """
+
+    settings: CompressSettings
+    reasons: tuple[str, ...]
+    stages: dict[str, dict[str, float]]
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of all stages together."""
+        return sum(stage["seconds"] for stage in self.stages.values())
+
+    def record(self) -> dict[str, Any]:
+        """For compression.json and the plan."""
+        return {"reasons": list(self.reasons), "stages": self.stages, "seconds": self.seconds}
+
+
+def choose(checkpoint: Checkpoint, settings: CompressSettings, device: torch.device) -> Choice:
+    """Settle what the settings leave open.
+
+    With an objective given, what is None is plain: uniform, factors, no refinement. With "auto" the first of
+    `_candidates` that the time and the memory allow, with whatever the settings say already.
+
+    Args:
+        checkpoint: of the dense model.
+        settings: with `objective` "auto" or some of allocation, form and refine None.
+        device: where it will run; its speed is measured for a moment.
+    """
+    machine = _Machine(checkpoint, device)
+    if settings.objective != AUTO:
+        settled = settings.with_defaults()
+        return Choice(settled, (), machine.stages(settled))
+    allowed = settings.time or DEFAULT_SECONDS
+    refused: list[str] = []
+    for candidate, gain in _candidates(settings):
+        stages = machine.stages(candidate)
+        seconds = sum(stage["seconds"] for stage in stages.values())
+        if (needed := machine.memory(candidate)) > machine.memory_left:
+            refused.append(
+                f"not {_words(candidate)}: {needed / 1e9:.1f} GB, {machine.memory_left / 1e9:.1f} GB are left"
+            )
+        elif seconds > allowed:
+            refused.append(f"not {_words(candidate)}: {duration(seconds)}, {duration(allowed)} are allowed (--time)")
+        else:
+            return Choice(candidate, (f"{_words(candidate)}: {gain}", *refused[-1:]), stages)
+    return Choice(candidate, (f"{_words(candidate)}: {gain}; the quickest there is", *refused[-1:]), stages)
+
+
+def spectra_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
+    """Estimate of the time that the singular values of all matrices take, with half the work of a decomposition."""
+    sides = sum(min(stored.matrix.shape) ** 3 for stored in foldable(checkpoint))
+    return DECOMPOSITION_WORK * sides / (2 * DECOMPOSITION_SHARE * product_flops(device, torch.float32))
+
+
+def _candidates(settings: CompressSettings) -> Iterator[tuple[CompressSettings, str]]:
+    """From the best to the quickest, by evals/compressor; what the settings say already stays."""
+    by_loss = replace(settings, form=settings.form or AUTO, allocation=settings.allocation or "loss")
+    for epochs in (settings.e2e_epochs, max(1, settings.e2e_epochs // 2), 1):
+        refined = replace(by_loss, refine=settings.refine or "e2e", e2e_epochs=epochs)
+        yield replace(refined, objective="two-sided"), "the least loss of all that was tried"
+    if settings.refine is None:
+        one_shot = replace(by_loss, refine="none")
+        yield replace(one_shot, objective="anchored-two-sided"), "the least loss without training"
+        yield replace(one_shot, objective="two-sided"), "the least loss without two streams"
+    by_rank = replace(by_loss, allocation=settings.allocation or "erank", refine=settings.refine or "none")
+    yield replace(by_rank, objective="whiten"), "no backward pass"
+    yield replace(by_rank, objective="plain"), "no text at all"
+
+
+def _words(settings: CompressSettings) -> str:
+    refine = "" if settings.refine == "none" else f", refined {settings.refine}"
+    if settings.refine in ("e2e", "both"):
+        refine += f" in {settings.e2e_epochs} epochs"
+    return f"{settings.objective} by {settings.allocation}, form {settings.form}{refine}"
+
+
+class _Machine:
+    """What a model costs on a device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.device = device
+        self.matrices = [stored.matrix for stored in foldable(checkpoint)]
+        self.numbers = sum(torch.Size(h.shape).numel() for h in checkpoint.headers.values())
+        self.in_matrices = sum(m.shape[0] * m.shape[1] for m in self.matrices)
+        self.config = checkpoint.config
+
+    @cached_property
+    def flops(self) -> float:
+        return product_flops(self.device, torch.float32)
+
+    @cached_property
+    def memory_left(self) -> int:
+        return available_memory(self.device)
+
+    def stages(self, settings: CompressSettings) -> dict[str, dict[str, float]]:
+        """Tokens and seconds of each stage."""
+        objective = OBJECTIVES[settings.objective]
+        calibration = settings.calibration_blocks * settings.block_tokens
+        refinement = settings.refine_blocks * settings.block_tokens
+        passes: dict[str, tuple[int, float]] = {}
+        if objective.needs_text or settings.allocation in ("lagrange", "loss") or settings.refine != "none":
+            passes["calibration"] = (calibration, GRAMS)
+        if settings.needs_curvature:
+            passes["curvature"] = (calibration, CURVATURE)
+        if objective.sequential:
+            passes["grams of the compressed model"] = (calibration, TWO_STREAMS)
+        if settings.refine in ("block", "both"):
+            passes["refine by block"] = (refinement * settings.block_epochs, BLOCK_STEP)
+        if settings.refine in ("e2e", "both"):
+            passes["refine end to end"] = (refinement * settings.e2e_epochs, E2E_STEP)
+        per_token = 2 * self.numbers / (PASS_SHARE * self.flops)
+        sides = sum(min(m.shape) ** 3 for m in self.matrices)
+        decompositions = DECOMPOSITION_WORK * sides * (2 if objective.sequential else 1)
+        stages = {
+            name: {"tokens": tokens, "seconds": work * tokens * per_token} for name, (tokens, work) in passes.items()
+        }
+        stages["factorize"] = {"tokens": 0, "seconds": decompositions / (DECOMPOSITION_SHARE * self.flops)}
+        return stages
+
+    def memory(self, settings: CompressSettings) -> int:
+        """Bytes, at the peak of the largest stage."""
+        sides = {m.shares_input: m.shape[1] for m in self.matrices}.values()
+        grams = 8 * sum(side**2 for side in sides) if OBJECTIVES[settings.objective].needs_text else 0
+        if settings.needs_curvature:
+            grams += 8 * sum(m.shape[0] ** 2 for m in self.matrices)
+        nested = 8 * self.in_matrices + grams
+        if settings.refine in ("e2e", "both"):
+            # Both models, and of the compressed one's matrices gradient, two moments and the best state.
+            return nested + 8 * self.numbers + 16 * self.in_matrices
+        return nested + 4 * self.numbers

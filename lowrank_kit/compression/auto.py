@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.compression.calibration import foldable
+from lowrank_kit.compression.calibration import default_block_tokens, foldable
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.settings import AUTO, CompressSettings
 from lowrank_kit.device import available_memory, product_flops
@@ -62,6 +62,7 @@ def choose(checkpoint: Checkpoint, settings: CompressSettings, device: torch.dev
         settings: with `objective` "auto" or some of allocation, form and refine None.
         device: where it will run; its speed is measured for a moment.
     """
+    settings = replace(settings, block_tokens=settings.block_tokens or default_block_tokens(checkpoint))
     machine = _Machine(checkpoint, device)
     if settings.objective != AUTO:
         settled = settings.with_defaults()
@@ -131,6 +132,7 @@ class _Machine:
     def stages(self, settings: CompressSettings) -> dict[str, dict[str, float]]:
         """Tokens and seconds of each stage."""
         objective = OBJECTIVES[settings.objective]
+        assert settings.block_tokens is not None
         calibration = settings.calibration_blocks * settings.block_tokens
         refinement = settings.refine_blocks * settings.block_tokens
         passes: dict[str, tuple[int, float]] = {}

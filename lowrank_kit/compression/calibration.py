@@ -20,13 +20,15 @@ from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.objectives import OBJECTIVES, Options, Statistics
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.compression.statistics import input_grams, mean_loss, output_grams
+from lowrank_kit.compression.statistics import input_grams, input_grams_and_loss, output_grams
 from lowrank_kit.compression.texts import Texts, draw_texts
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.device import resolve_device, resolve_dtype
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.linalg.factor import Factors, tail_scores
 from lowrank_kit.matrices import Matrix
+
+BLOCK_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,19 @@ def calibrate(
         outputs = output_grams(model, matrices, texts.calibration, batch_size=settings.batch_size, seed=settings.seed)
         seconds["curvature"] = round(time.perf_counter() - started, 3)
     started = time.perf_counter()
-    check_grams = input_grams(model, matrices, texts.check, batch_size=settings.batch_size)
-    check_loss = mean_loss(model, texts.check, batch_size=settings.batch_size)
+    check_grams, check_loss = input_grams_and_loss(model, matrices, texts.check, batch_size=settings.batch_size)
     seconds["check"] = round(time.perf_counter() - started, 3)
     tokens = texts.calibration.num_tokens
     statistics = {
         m.name: Statistics(tokens=tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name)) for m in matrices
     }
     return Calibration(checkpoint.path, texts, statistics, check_grams, check_loss, seconds)
+
+
+def default_block_tokens(checkpoint: Checkpoint) -> int:
+    """256, or the model's context if that is shorter."""
+    context = getattr(checkpoint.meta_model().config.get_text_config(), "max_position_embeddings", None)
+    return min(BLOCK_TOKENS, context or BLOCK_TOKENS)
 
 
 def foldable(checkpoint: Checkpoint) -> list[StoredMatrix]:
@@ -200,7 +207,7 @@ def _texts(checkpoint: Checkpoint, settings: CompressSettings) -> Texts:
     return draw_texts(
         settings.text,
         load_tokenizer(checkpoint.path),
-        block_tokens=settings.block_tokens,
+        block_tokens=settings.block_tokens or default_block_tokens(checkpoint),
         calibration=settings.calibration_blocks,
         check=settings.check_blocks,
         refinement=settings.refine_blocks if settings.refine != "none" else 0,

@@ -54,7 +54,7 @@ class CompressSettings:
         refine_blocks: sequences apart from both, on which refinement trains.
         block_epochs, e2e_epochs: passes over them, by block and end to end.
         block_rate, e2e_rate: highest learning rate, as a share of the root mean square of each tensor.
-        block_tokens: tokens in a sequence.
+        block_tokens: tokens in a sequence; None is 256, or the model's context if that is shorter.
         batch_size: sequences in a forward pass.
         max_bytes: most bytes of text to take from the source.
         max_shard_bytes: most bytes of tensors in a file.
@@ -78,13 +78,13 @@ class CompressSettings:
     align: int | None = None
     text: str | None = None
     calibration_blocks: int = 128
-    check_blocks: int = 32
+    check_blocks: int = 16
     refine_blocks: int = 256
     block_epochs: int = 4
     block_rate: float = 0.1
     e2e_epochs: int = 4
     e2e_rate: float = 0.02
-    block_tokens: int = 256
+    block_tokens: int | None = None
     batch_size: int = 8
     max_bytes: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -106,7 +106,7 @@ class CompressSettings:
         for name, smallest in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
-                default = getattr(type(self), name) or 16
+                default = getattr(type(self), name) or {"block_tokens": 256}.get(name, 16)
                 hint = f"--{name.replace('_', '-')} {default}"
                 raise UsageError(f"{name} must be at least {smallest}, got {value}", hint=hint)
 

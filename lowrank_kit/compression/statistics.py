@@ -42,18 +42,37 @@ def input_grams(
     Raises:
         LowRankError: NaN or Inf in an input, or no input at all, with the matrix named.
     """
-    readers = {matrix.shares_input: matrix.name for matrix in matrices}
-    grams: dict[str, Tensor] = {}
-    hooks = {name: adder(grams, key, f"the input of {name}") for key, name in readers.items()}
-    with reading(model, hooks), torch.inference_mode():
+    with _adding(model, matrices) as grams, torch.inference_mode():
         for ids in _batches(model, blocks, batch_size, "calibration"):
             model.base_model(input_ids=ids, use_cache=False)  # without the head
+    return _whole(grams)
+
+
+def input_grams_and_loss(
+    model: PreTrainedModel, matrices: Iterable[Matrix], blocks: TokenBlocks, *, batch_size: int = 8
+) -> tuple[dict[str, Tensor], float]:
+    """`input_grams` and `mean_loss` in one pass."""
+    with _adding(model, matrices) as grams:
+        loss = mean_loss(model, blocks, batch_size=batch_size)
+    return _whole(grams), loss
+
+
+@contextmanager
+def _adding(model: PreTrainedModel, matrices: Iterable[Matrix]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the inputs of the matrices are added to the Grams that it gives; all are there afterwards."""
+    readers = {matrix.shares_input: matrix.name for matrix in matrices}
+    grams: dict[str, Tensor] = {}
+    with reading(model, {name: adder(grams, key, f"the input of {name}") for key, name in readers.items()}):
+        yield grams
     unread = [name for key, name in readers.items() if key not in grams]
     if unread:
         raise LowRankError(
             f"the calibration text reached {len(readers) - len(unread)} of {len(readers)} inputs, not {unread[0]}",
             hint=_MORE_TEXT,
         )
+
+
+def _whole(grams: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: mirrored(gram).cpu() for key, gram in grams.items()}
 
 
@@ -90,7 +109,7 @@ def output_grams(
         raise LowRankError(
             f"no gradient reached {len(missing)} of {len(names)} matrices, first {missing[0]}", hint=_MORE_TEXT
         )
-    return {name: mirrored(gram).cpu() for name, gram in grams.items()}
+    return _whole(grams)
 
 
 def mean_loss(model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int = 8) -> float:

@@ -26,8 +26,9 @@ WARM_UP, LAST_RATE = 0.1, 0.1
 WEIGHT_DECAY, LARGEST_GRADIENT = 0.01, 1.0
 # A tensor of numbers smaller than this has the learning rate of one of this size (Adafactor, arXiv 1804.04235).
 SMALLEST_SCALE = 1e-3
-# Looks at the check text in a training, and how many in a row without a gain end it.
-LOOKS, PATIENCE = 10, 3
+# Looks at the check text in a training. One that finds no gain goes back to the best state with a rate this much
+# lower; so many in a row end the training.
+LOOKS, BACK_OFF, PATIENCE = 12, 0.3, 4
 
 
 @dataclass(frozen=True)
@@ -165,24 +166,32 @@ def _train(
     rate: float,
     desc: str,
 ) -> Refined:
-    """AdamW over the batches of `orders`; the state with the least error on the check text is what stays."""
+    """AdamW over the batches of `orders`; the state with the least error on the check text is what stays.
+
+    How high a rate is too high depends on how near to the optimum factors start, which nobody knows beforehand:
+    whenever the error has not fallen, training goes back to the best state with a lower rate.
+    """
     started = time.perf_counter()
     parameters = trainable(module)
-    optimizer = _optimizer(parameters, rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(len(orders)))
+    optimizer, share = _optimizer(parameters, rate), _cosine(len(orders))
     best = _Best(parameters, before := error())
     every = max(1, math.ceil(len(orders) / LOOKS))
-    done = 0
+    scale, done = 1.0, 0
     with in_evaluation(module), _training_only(module, parameters):
         for done, chosen in enumerate(tqdm(orders, desc=desc, disable=None, leave=False), start=1):
+            _set_rate(optimizer, scale * share(done - 1))
             optimizer.zero_grad()
             value = loss(chosen)
             value.backward()
             _refuse_non_finite(value.item(), desc, done)
             nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
             optimizer.step()
-            schedule.step()
-            if (done % every == 0 or done == len(orders)) and best.look(error()) >= PATIENCE:
+            if done % every and done != len(orders):
+                continue
+            if best.look(error()):
+                best.restore()
+                optimizer, scale = _optimizer(parameters, rate), scale * BACK_OFF
+            if best.since >= PATIENCE:
                 break
     best.restore()
     seconds = round(time.perf_counter() - started, 3)
@@ -217,13 +226,18 @@ def _optimizer(parameters: dict[str, nn.Parameter], rate: float) -> torch.optim.
     groups = [
         {
             "params": [parameter],
-            "lr": rate * max(parameter.detach().float().square().mean().sqrt().item(), SMALLEST_SCALE),
+            "highest": max(parameter.detach().float().square().mean().sqrt().item(), SMALLEST_SCALE) * rate,
             "weight_decay": WEIGHT_DECAY if parameter.ndim > 1 else 0.0,
         }
         for parameter in parameters.values()
         if parameter.numel()
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["highest"] * share
 
 
 def _cosine(steps: int) -> Callable[[int], float]:

@@ -81,9 +81,9 @@ class CompressSettings:
     check_blocks: int = 16
     refine_blocks: int = 256
     block_epochs: int = 4
-    block_rate: float = 0.1
+    block_rate: float = 0.05
     e2e_epochs: int = 4
-    e2e_rate: float = 0.02
+    e2e_rate: float = 0.01
     block_tokens: int | None = None
     batch_size: int = 8
     max_bytes: int | None = None

@@ -52,23 +52,31 @@ def ladder(shape: tuple[int, int], form: str, dtype: str | None, align: int | No
 
     Args:
         shape: (out, in).
-        form: of storage, see `FORMS`.
+        form: of storage, see `FORMS`; "auto" for the cheaper one at each rank.
         dtype: as safetensors says it, to count bytes; None to count numbers.
         align: what ranks are multiples of; None for `default_align`.
     """
-    count = FORMS[form].numbers
-    dense = shape[0] * shape[1]
-    if dtype is not None:
-        dense = tensor_bytes(dtype, shape)
+    dense = shape[0] * shape[1] if dtype is None else tensor_bytes(dtype, shape)
 
     def cost(rank: int) -> int:
-        return count(shape, rank) if dtype is None else FORMS[form].nbytes(shape, rank, dtype)
+        return _cost(cheapest_form(shape, rank, form, dtype), shape, rank, dtype)
 
     cap = bisect_left(range(1, min(shape) + 1), dense, key=cost)
     align = align or default_align(shape)
     powers = [1 << i for i in range(align.bit_length()) if 1 << i < align]
     ranks = [rank for rank in (*powers, *range(align, cap + 1, align)) if rank <= cap]
     return Ladder(shape, np.array([*ranks, cap + 1]), np.array([*map(cost, ranks), dense]))
+
+
+def cheapest_form(shape: tuple[int, int], rank: int, form: str, dtype: str | None) -> str:
+    """The form itself, or for "auto" the one that takes less: two factors at the lowest ranks, which need no index."""
+    if form != "auto":
+        return form
+    return min(FORMS, key=lambda one: _cost(one, shape, rank, dtype))
+
+
+def _cost(form: str, shape: tuple[int, int], rank: int, dtype: str | None) -> int:
+    return FORMS[form].numbers(shape, rank) if dtype is None else FORMS[form].nbytes(shape, rank, dtype)
 
 
 def default_align(shape: tuple[int, int]) -> int:

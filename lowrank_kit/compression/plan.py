@@ -16,7 +16,7 @@ from lowrank_kit.checkpoint.writer import Shard, TensorSpec, plan_shards, tensor
 from lowrank_kit.compression.allocation import ALLOCATIONS, Evidence
 from lowrank_kit.compression.budget import allocate
 from lowrank_kit.compression.forms import FORMS
-from lowrank_kit.compression.ladder import Ladder, ladder
+from lowrank_kit.compression.ladder import Ladder, cheapest_form, ladder
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.errors import DoesNotFitError, UsageError
 
@@ -251,13 +251,19 @@ def _decide(
     rank = rungs.rank(steps[stored.matrix.name])
     if rank is None:
         return replace(dense, reason=BOUGHT_DENSE if len(rungs) > 1 else "rank 1 would not save anything")
-    return replace(dense, form=settings.planned_form, rank=rank, reason="")
+    form = cheapest_form(stored.matrix.shape, rank, settings.form or "factors", _counted(dense, settings))
+    return replace(dense, form=form, rank=rank, reason="")
 
 
 def _ladder(planned: PlannedMatrix, settings: CompressSettings) -> Ladder:
     """What the matrix can be, in the unit of the budget."""
-    dtype = planned.dtype if settings.budget == "size" else None
-    return ladder(planned.stored.matrix.shape, settings.planned_form, dtype, settings.align)
+    form = settings.form or "factors"
+    return ladder(planned.stored.matrix.shape, form, _counted(planned, settings), settings.align)
+
+
+def _counted(planned: PlannedMatrix, settings: CompressSettings) -> str | None:
+    """The dtype on disk where the budget counts bytes."""
+    return planned.dtype if settings.budget == "size" else None
 
 
 def _output_tensors(checkpoint: Checkpoint, planned: Sequence[PlannedMatrix]) -> Iterator[list[TensorSpec]]:

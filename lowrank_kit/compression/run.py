@@ -76,9 +76,9 @@ def compress(
     checkpoint = Checkpoint.open(model)
     choice = choose(checkpoint, settings, resolve_device(device))
     settings = choice.settings
+    needed = evidence_needed(checkpoint, settings)
     for reason in choice.reasons:
         logger.info("chosen: %s", reason)
-    needed = evidence_needed(checkpoint, settings)
     with new_folder(output) as folder:
         for name, tensor in checkpoint.tensors():
             refuse_non_finite(checkpoint, name, tensor)

@@ -130,11 +130,6 @@ class CompressSettings:
         )
 
     @property
-    def planned_form(self) -> str:
-        """The form that ranks and bytes are planned for; auto may store a matrix as two factors of the same bytes."""
-        return "pivoted" if self.form == AUTO else self.form or "factors"
-
-    @property
     def options(self) -> Options:
         """Numbers of the objective."""
         return Options(blend=self.blend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ def command(model: Path | str, output: Path, *options: str) -> list[str]:
 
 
 def test_compress(model: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command(model, tmp_path / "out", "--keep", "0.5", "--text", pages)) == 0
+    options = ["--keep", "0.5", "--objective", "whiten", "--text", pages]
+    assert run(command(model, tmp_path / "out", *options)) == 0
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()[:1] and line[0] in "qkvogud"}
     # role, matrices, out x in, rank, dense, error
@@ -48,6 +50,41 @@ def test_compress(model: Path, pages: str, tmp_path: Path, capsys: pytest.Captur
     assert "14 of 14 matrices factorized" in out
     assert out.endswith(f"wrote {tmp_path / 'out'}\n")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_auto_chooses_says_why_and_tells_what_it_cost(
+    model: Path, pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = ["--calibration-blocks", "16", "--check-blocks", "4", "--refine-blocks", "8", "--batch-size", "4"]
+    options = ["--keep", "0.5", "--text", pages, *blocks, "--time", "1.5h"]
+    assert run([*command(model, tmp_path / "out", *options), "-v"]) == 0
+    told = capsys.readouterr()
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    chosen = report["settings"]
+    assert "auto" not in (chosen["objective"], chosen["allocation"], chosen["refine"])
+    assert (chosen["refine"], chosen["time"]) == ("e2e", 5400)
+    assert report["choice"]["reasons"][0] in told.out
+    assert "forecast: +" in told.err
+    increase = report["check"]["loss_compressed"] - report["check"]["loss_dense"]
+    assert f"compressed (+{increase:.3g})" in told.out or increase < 0
+    assert report["forecast"]["from"] == "curvature of the loss"
+    before, after = (report["refined"]["end to end"][key] for key in ("before", "after"))
+    assert after <= before
+    # The command that is told makes the same files.
+    again = shlex.split(report["command"].replace("OUTPUT", str(tmp_path / "again")))
+    assert run([*again[1:], "--device", "cpu"]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_dry_run_tells_time_tokens_and_a_forecast(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = ["--refine-blocks", "8", "--block-tokens", "32", "--e2e-epochs", "3"]
+    assert run(["compress", str(model), "--keep", "0.5", "--refine", "e2e", *blocks, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"refine end to end +768 +about \d+ seconds", out)
+    assert re.search(r"forecast: loss \+[\d.]+ nats per token, within a factor of [\d.]+, from singular values", out)
+    assert "loss decides by the calibration text" in out
 
 
 def test_pivoted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +121,8 @@ def test_a_dry_run_writes_nothing_and_tells_every_byte(
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert planned["totals"]["bytes_after"] == written
     assert f"{written:,}" in text
-    assert text.endswith("14 of 14 matrices factorized\nnothing written (--dry-run)\n")
+    assert "\n14 of 14 matrices factorized\n" in text
+    assert text.endswith("\nnothing written (--dry-run)\n")
     assert [row["rank"] for row in planned["matrices"]] == [
         row["rank"] for row in json.loads((tmp_path / "out" / "compression.json").read_text())["matrices"]
     ]

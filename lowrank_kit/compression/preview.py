@@ -9,14 +9,12 @@ import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression.allocation import Evidence
-from lowrank_kit.compression.auto import choose, spectra_seconds
+from lowrank_kit.compression.auto import SPECTRA_SECONDS, choose, spectra_seconds
 from lowrank_kit.compression.evidence import weight_evidence
 from lowrank_kit.compression.forecast import forecast
 from lowrank_kit.compression.plan import evidence_needed, make_plan
 from lowrank_kit.compression.settings import CompressSettings
 
-# Spectra of the weights are read for a forecast if that takes no longer.
-FORECAST_SECONDS = 60
 BY_UNIFORM = "ranks as uniform would have them: {allocation} decides by the calibration text, within the same budget"
 
 
@@ -50,6 +48,6 @@ def preview(checkpoint: Checkpoint, settings: CompressSettings, device: torch.de
 
 
 def _evidence(checkpoint: Checkpoint, needed: str, device: torch.device) -> dict[str, Evidence] | None:
-    if needed == "weights" or spectra_seconds(checkpoint, device) <= FORECAST_SECONDS:
+    if needed == "weights" or spectra_seconds(checkpoint, device) <= SPECTRA_SECONDS:
         return weight_evidence(checkpoint)
     return None

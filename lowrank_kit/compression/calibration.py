@@ -149,11 +149,7 @@ def factorize(
     ):
         matrix = stored[name].matrix
         found = statistics.get(matrix.name, Statistics())
-        if missing := [need for need in sorted(method.needs) if getattr(found, need) is None]:
-            raise UsageError(
-                f'objective "{objective}" needs {", ".join(missing)}, which this calibration has not',
-                hint="calibrate(..., curvature=True)" if missing == ["output_gram"] else "calibrate with this model",
-            )
+        _refuse_missing(f'objective "{objective}"', method.needs, found)
         refuse_non_finite(checkpoint, name, tensor)
         yield matrix.name, method.factorize(stored[name].weight(tensor), found, options)
 
@@ -185,7 +181,12 @@ def loss_evidence(
 
     Errors of different matrices and tokens are taken to be independent; they are not, so that the sum over a model is
     too low by a factor (`forecast.py`), which is much the same for all its matrices.
+
+    Raises:
+        UsageError: a calibration without gradients.
     """
+    for found in calibration.statistics.values():
+        _refuse_missing('allocation "loss"', {"gram", "output_gram"}, found)
     evidence = {}
     for name, factors in calibration.factors(checkpoint, dense_objective(objective), options).items():
         found = calibration.statistics[name]
@@ -210,10 +211,22 @@ def _texts(checkpoint: Checkpoint, settings: CompressSettings) -> Texts:
         block_tokens=settings.block_tokens or default_block_tokens(checkpoint),
         calibration=settings.calibration_blocks,
         check=settings.check_blocks,
-        refinement=settings.refine_blocks if settings.refine != "none" else 0,
+        refinement=settings.refine_blocks if settings.needs_refinement else 0,
         max_bytes=settings.max_bytes,
         seed=settings.seed,
     )
+
+
+def _refuse_missing(who: str, needs: Collection[str], found: Statistics) -> None:
+    missing = [need for need in sorted(needs) if getattr(found, need) is None]
+    if not missing:
+        return
+    hint = "calibrate with this model"
+    if missing == ["output_gram"]:
+        hint = "calibrate(..., curvature=True)"
+    elif "gram" not in missing:
+        hint = "it is factorized block after block, by `compress`"
+    raise UsageError(f"{who} needs {', '.join(missing)}, which this calibration has not", hint=hint)
 
 
 def _refuse_few_tokens(matrices: Collection[Matrix], blocks: TokenBlocks, settings: CompressSettings) -> None:

@@ -136,8 +136,15 @@ class CompressSettings:
 
     @property
     def needs_curvature(self) -> bool:
-        """Whether the gradients of the outputs are asked for."""
-        return self.allocation == "loss" or "output_gram" in OBJECTIVES[self.objective].needs
+        """Whether the gradients of the outputs are asked for; auto may."""
+        if self.objective == AUTO or self.allocation == "loss":
+            return True
+        return "output_gram" in OBJECTIVES[self.objective].needs
+
+    @property
+    def needs_refinement(self) -> bool:
+        """Whether text to refine on is asked for; auto may."""
+        return self.objective == AUTO if self.refine is None else self.refine != "none"
 
     def _check_budget(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]

@@ -93,7 +93,7 @@ def output_grams(
         `Matrix.name` -> [O, O] float64 on the CPU.
 
     Raises:
-        LowRankError: NaN or Inf in a gradient, or none at all, with the matrix named.
+        LowRankError: NaN or Inf in the logits or a gradient, or no gradient at all, with the matrix named.
     """
     names = [matrix.name for matrix in matrices]
     grams: dict[str, Tensor] = {}
@@ -102,6 +102,11 @@ def output_grams(
         for ids in _batches(model, blocks, batch_size, "curvature"):
             logits_BTV = model(input_ids=ids, use_cache=False).logits
             log_p_NV = logits_BTV.flatten(0, 1).float().log_softmax(-1)
+            if log_p_NV.isnan().any():
+                raise LowRankError(
+                    f"NaN or Inf in the logits of {model.name_or_path or type(model).__name__}",
+                    hint="look for NaN or Inf in the weights of its head, or try --dtype float32",
+                )
             drawn_N = torch.multinomial(log_p_NV.detach().exp().cpu(), 1, generator=generator).to(log_p_NV.device)
             log_p_NV.gather(1, drawn_N).sum().neg().backward()
     missing = [name for name in names if name not in grams]

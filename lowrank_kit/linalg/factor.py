@@ -149,7 +149,8 @@ def scaled_svd(W_OI: Tensor, gram_II: Tensor, exponent: float = 0.5) -> Factors:
     W_OI = W_OI.to(working_dtype(min(W_OI.shape), W_OI.device))
     # Never zero: a direction of W that only unseen inputs reach comes last, but it is among the directions.
     energy_I = gram_II.diagonal().to(W_OI.dtype)
-    scale_I = energy_I.clamp(min=torch.finfo(W_OI.dtype).eps * energy_I.max()).pow(exponent / 2)
+    floor = torch.finfo(W_OI.dtype).eps * energy_I.max()
+    scale_I = energy_I.clamp(min=floor).pow(exponent / 2) if floor > 0 else torch.ones_like(energy_I)
     U_OS, s_S, _ = torch.linalg.svd(W_OI * scale_I, full_matrices=False)
     return Factors(U_OS, U_OS.mT @ W_OI, s_S)
 
@@ -171,11 +172,8 @@ def two_sided_svd(W_OI: Tensor, gram_II: Tensor, output_gram_OO: Tensor, damping
     Source: K-FAC's curvature; OBD-LLM (arXiv 2604.00821) and IO-SVD (arXiv 2605.15626) weigh both sides.
     """
     dtype = working_dtype(min(W_OI.shape), W_OI.device)
-    W_OI, output_gram_OO = W_OI.to(dtype), output_gram_OO.to(dtype)
-    mean = output_gram_OO.diagonal().mean().clamp(min=torch.finfo(dtype).tiny)
-    L_OO = torch.linalg.cholesky(
-        output_gram_OO + damping * mean * torch.eye(len(output_gram_OO), dtype=dtype, device=W_OI.device)
-    )
+    W_OI = W_OI.to(dtype)
+    L_OO = torch.linalg.cholesky(ridged(output_gram_OO.to(dtype), damping))
     inner = whitened_svd(L_OO.mT @ W_OI, gram_II)
     B_OS = torch.linalg.solve_triangular(L_OO.mT, inner.B, upper=True)
     return Factors(B_OS, inner.A, inner.singular_values)
@@ -207,8 +205,9 @@ def anchored_target(W_OI: Tensor, gram_II: Tensor, cross_II: Tensor, blend: floa
 
 
 def ridged(gram_II: Tensor, ridge: float) -> Tensor:
-    """H + ridge mean(diag H) I."""
-    added = ridge * gram_II.diagonal().mean().clamp(min=torch.finfo(gram_II.dtype).tiny)
+    """H + ridge mean(diag H) I, for H of zeros ridge I."""
+    mean = gram_II.diagonal().mean()
+    added = ridge * torch.where(mean > 0, mean, 1.0)
     return gram_II + added * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
 
 
@@ -232,11 +231,9 @@ def tail_scores(factors: Factors, gram_II: Tensor, output_gram_OO: Tensor) -> Te
 def _root(gram_II: Tensor) -> Tensor:
     """R with R R^T = H, up to rounding added to the diagonal so that what the Gram has not seen is not lost."""
     eps = torch.finfo(gram_II.dtype).eps
-    floor = eps * gram_II.diagonal().sum().clamp(min=torch.finfo(gram_II.dtype).tiny)
-    root_II, failed = torch.linalg.cholesky_ex(
-        gram_II + floor * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
-    )
+    lifted_II = ridged(gram_II, eps * len(gram_II))
+    root_II, failed = torch.linalg.cholesky_ex(lifted_II)
     if not failed:
         return root_II
-    eigenvalues, Q = torch.linalg.eigh(gram_II)
-    return Q * eigenvalues.clamp(min=floor).sqrt()
+    eigenvalues, Q = torch.linalg.eigh(lifted_II)
+    return Q * eigenvalues.clamp(min=eps * eigenvalues[-1]).sqrt()

@@ -11,43 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_kit.linalg.factor import Factors, truncated_svd, weighted_error, whitened_svd
+from lowrank_kit.linalg import factor
+from lowrank_kit.linalg.factor import (
+    Factors,
+    anchored_target,
+    ridged,
+    scaled_svd,
+    tail_scores,
+    truncated_svd,
+    two_sided_svd,
+    weighted_error,
+    whitened_svd,
+)
 from tests.linalg.cases import CASES, DTYPES
+from tests.linalg.search import activations, best_found
 
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)]
-
-
-def activations(num_in: int, tokens: int = 40) -> Tensor:
-    """Correlated inputs, [num_in, tokens] float64, on scales from 1 to 1 / num_in."""
-    scales = 1 / torch.arange(1, num_in + 1, dtype=torch.float64)
-    mixing = torch.randn(num_in, num_in, dtype=torch.float64)
-    return mixing @ (scales[:, None] * torch.randn(num_in, tokens, dtype=torch.float64))
 
 
 def output_error(W: Tensor, factors: Factors, X: Tensor) -> float:
     """|(W - B A) X|_F^2, as it is defined."""
     return ((W - factors.dense()) @ X).square().sum().item()
-
-
-def best_found(W: Tensor, X: Tensor, rank: int, starts: int = 3) -> float:
-    """Smallest |(W - B A) X|_F^2 that gradient descent on A and B finds: L-BFGS in float64 from several starts."""
-    errors = []
-    for _ in range(starts):
-        B = torch.randn(W.shape[0], rank, dtype=torch.float64, requires_grad=True)
-        A = torch.randn(rank, W.shape[1], dtype=torch.float64, requires_grad=True)
-        search = torch.optim.LBFGS(
-            [A, B], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe"
-        )
-
-        def loss(A: Tensor = A, B: Tensor = B, search: torch.optim.Optimizer = search) -> Tensor:
-            search.zero_grad()
-            error = ((W - B @ A) @ X).square().sum()
-            error.backward()
-            return error
-
-        search.step(loss)
-        errors.append(((W - B @ A) @ X).square().sum().item())
-    return min(errors)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,7 +73,7 @@ def test_whitened_svd_is_the_optimum_of_the_output_error(shape: tuple[int, int],
     total = (W @ X).square().sum().item()
     for rank in (1, 3):
         error = output_error(W, full.truncate(rank), X)
-        found = best_found(W, X, rank)
+        found = best_found(lambda BA: ((W - BA) @ X).square().sum(), shape, rank)
         assert error <= found * (1 + 1e-9)
         # Where the search ends is not exact: 1e-6 of the energy of the outputs.
         assert error == pytest.approx(found, abs=1e-6 * total)
@@ -136,9 +120,19 @@ def test_full_rank_gives_the_matrix_back_whatever_the_inputs(shape: tuple[int, i
     torch.testing.assert_close(whitened_svd(W, X @ X.mT).dense(), W, atol=1e-6, rtol=0)
 
 
+def gram_of(X: Tensor) -> Tensor:
+    return X @ X.mT
+
+
+def curvature(num_out: int, rank: int | None = None) -> Tensor:
+    """G, [num_out, num_out], of a rank."""
+    return gram_of(activations(num_out, num_out if rank is None else rank))
+
+
 DECOMPOSITIONS: dict[str, Callable[[Tensor], Factors]] = {
     "plain": truncated_svd,
-    "whitened": lambda W: whitened_svd(W, (X := activations(W.shape[1])) @ X.mT),
+    "whitened": lambda W: whitened_svd(W, gram_of(activations(W.shape[1]))),
+    "scaled": lambda W: scaled_svd(W, gram_of(activations(W.shape[1]))),
 }
 decompositions = pytest.mark.parametrize("decompose", DECOMPOSITIONS.values(), ids=DECOMPOSITIONS)
 
@@ -223,3 +217,163 @@ def test_weighted_error_of_no_outputs() -> None:
     zero = torch.zeros(3, 4)
     assert weighted_error(zero, zero) == 0.0
     assert weighted_error(zero, torch.ones(3, 4)) == float("inf")
+
+
+THREE = [(6, 9), (9, 6), (7, 7)]
+
+
+def close(a: Factors, b: Factors, tolerance: float = 1e-9) -> None:
+    """The same maps at every rank, and the same spectrum."""
+    for rank in range(1, len(a.singular_values) + 1):
+        torch.testing.assert_close(a.truncate(rank).dense(), b.truncate(rank).dense(), atol=tolerance, rtol=0)
+    torch.testing.assert_close(a.singular_values, b.singular_values, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("shape", THREE)
+def test_what_each_objective_is_with_trivial_weights(shape: tuple[int, int]) -> None:
+    W, H = torch.randn(shape, dtype=torch.float64), gram_of(activations(shape[1]))
+    identity = torch.eye(shape[0], dtype=torch.float64)
+    close(scaled_svd(W, H, exponent=0), truncated_svd(W))
+    close(scaled_svd(W, H, exponent=1), whitened_svd(W, H.diagonal().diag()))
+    # Damping adds a tenth of the identity to the identity: all singular values by the root of 1.1.
+    two_sided = two_sided_svd(W, H, 3 * identity, damping=0.1)
+    close(Factors(two_sided.B, two_sided.A, two_sided.singular_values / 3.3**0.5), whitened_svd(W, H))
+    torch.testing.assert_close(anchored_target(W, H, H, blend=1.0, ridge=1e-3), W, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [40, 4], ids=["full-rank Gram", "rank-deficient Gram"])
+@pytest.mark.parametrize("shape", THREE)
+def test_the_anchored_target_solves_its_normal_equations(shape: tuple[int, int], tokens: int) -> None:
+    """The gradient of its definition, by autograd, is zero there; at b = 0 it is W whatever the inputs are."""
+    W, X, Y = torch.randn(shape, dtype=torch.float64), activations(shape[1], tokens), activations(shape[1], tokens)
+    assert torch.equal(anchored_target(W, gram_of(Y), X @ Y.mT, blend=0.0, ridge=1e-3), W)
+    for blend in (0.5, 1.0):
+        target = anchored_target(W, gram_of(Y), X @ Y.mT, blend, ridge=1e-3).requires_grad_()
+        wanted = W @ ((1 - blend) * Y + blend * X)
+        ridge = 1e-3 * gram_of(Y).diagonal().mean()
+        error = (wanted - target @ Y).square().sum() + ridge * (target - W).square().sum()
+        (gradient,) = torch.autograd.grad(error, target)
+        assert gradient.abs().max() < 1e-9 * (wanted @ Y.mT).abs().max()
+
+
+@pytest.mark.parametrize("rank", [None, 1, 0], ids=["full", "rank one", "zero"])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 6)])
+def test_two_sided_factors_of_any_curvature(shape: tuple[int, int], rank: int | None) -> None:
+    W, H = torch.randn(shape, dtype=torch.float64), gram_of(activations(shape[1]))
+    G = curvature(shape[0], rank)
+    full = two_sided_svd(W, H, G, damping=0.1)
+    torch.testing.assert_close(full.dense(), W, atol=1e-10, rtol=0)
+    gauge = full.B.mT @ ridged(G, 0.1) @ full.B
+    torch.testing.assert_close(gauge, torch.eye(len(gauge), dtype=torch.float64), atol=1e-9, rtol=0)
+    if rank == 0:  # all errors weigh the same
+        close(Factors(full.B, full.A, full.singular_values / 0.1**0.5), whitened_svd(W, H))
+
+
+def test_ridged() -> None:
+    H = gram_of(activations(5))
+    torch.testing.assert_close(ridged(H, 0.5) - H, 0.5 * H.trace() / 5 * torch.eye(5, dtype=torch.float64))
+    assert torch.equal(ridged(torch.zeros(3, 3), 0.25), 0.25 * torch.eye(3))
+
+
+def made_for(shape: tuple[int, int], W: Tensor, H: Tensor, G: Tensor) -> dict[str, Factors]:
+    other = activations(shape[1])
+    target = anchored_target(W, gram_of(other), activations(shape[1]) @ other.mT, 1.0, 1e-3)
+    return {
+        "plain": truncated_svd(W),
+        "scaled": scaled_svd(W, H),
+        "whitened": whitened_svd(W, H),
+        "two-sided": two_sided_svd(W, H, G, damping=0.1),
+        "anchored": whitened_svd(target, ridged(gram_of(other), 1e-3)),
+        "anchored two-sided": two_sided_svd(target, ridged(gram_of(other), 1e-3), G, damping=0.1),
+    }
+
+
+@pytest.mark.parametrize("rank_of_G", [None, 1, 0], ids=["full", "rank one", "zero"])
+@pytest.mark.parametrize("shape", THREE)
+def test_tail_scores_sum_to_the_weighted_error_whatever_the_factors(
+    shape: tuple[int, int], rank_of_G: int | None
+) -> None:
+    W, H, G = torch.randn(shape, dtype=torch.float64), gram_of(activations(shape[1])), curvature(shape[0], rank_of_G)
+    unrelated_H, unrelated_G = gram_of(activations(shape[1], 4)), curvature(shape[0])
+    for full in made_for(shape, W, H, G).values():
+        for weights_H, weights_G in ((H, G), (unrelated_H, unrelated_G)):
+            scores = tail_scores(full, weights_H, weights_G)
+            total = (weights_G @ full.dense() @ weights_H * full.dense()).sum().item()
+            for rank in range(min(shape)):
+                lost = full.dense() - full.B[:, :rank] @ full.A[:rank]
+                error = (weights_G @ lost @ weights_H * lost).sum().item()
+                assert scores[rank:].sum().item() == pytest.approx(error, rel=1e-9, abs=1e-12 * total)
+
+
+@pytest.mark.parametrize("shape", THREE)
+def test_tail_scores_of_the_weights_they_were_made_for_are_the_spectrum(shape: tuple[int, int]) -> None:
+    W, H, G = torch.randn(shape, dtype=torch.float64), gram_of(activations(shape[1])), curvature(shape[0])
+    identity = torch.eye(shape[0], dtype=torch.float64)
+    factors = made_for(shape, W, H, G)
+    for full, weights in ((factors["whitened"], identity), (factors["two-sided"], ridged(G, 0.1))):
+        scores, energy = tail_scores(full, H, weights), full.singular_values.square()
+        torch.testing.assert_close(scores, energy, rtol=0, atol=1e-10 * energy[0].item())
+
+
+@pytest.mark.parametrize("tokens", [200, 20], ids=["full-rank Gram", "rank-deficient Gram"])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (70, 70)])
+def test_float32_is_near_the_optimum_too(shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The energy of the error grows by no more than float32's rounding of the whole, a few times 2^-24."""
+    W, X, G = torch.randn(shape, dtype=torch.float64), activations(shape[1], tokens), curvature(shape[0])
+    exact = made_for(shape, W, gram_of(X), G)
+    monkeypatch.setattr(factor, "FLOAT64_SIDE", 0)
+    identity = torch.eye(shape[0], dtype=torch.float64)
+    for name, weights in (("whitened", identity), ("two-sided", ridged(G, 0.1))):
+        rough = made_for(shape, W, gram_of(X), G)[name]
+        assert rough.A.dtype == rough.B.dtype == torch.float32
+        total = (weights @ W @ gram_of(X) * W).sum()
+        for rank in (5, 15, 40):
+            best, near = (
+                (weights @ E @ gram_of(X) * E).sum()
+                for E in (W - f.truncate(rank).dense().double() for f in (exact[name], rough))
+            )
+            assert near <= best * (1 + 1e-5) + 1e-6 * total
+        torch.testing.assert_close(rough.dense().double(), W, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", [factor.FLOAT64_SIDE, 0], ids=["float64", "float32"])
+@pytest.mark.parametrize("shape", THREE)
+def test_a_gram_that_rounding_made_indefinite(
+    shape: tuple[int, int], side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token, its Gram rounded to bfloat16: negative eigenvalues of 1e-3 of the largest, no Cholesky factor."""
+    monkeypatch.setattr(factor, "FLOAT64_SIDE", side)
+    W, X = torch.randn(shape, dtype=torch.float64), activations(shape[1], 1)
+    gram = gram_of(X).bfloat16().double()
+    assert torch.linalg.eigvalsh(gram)[0] < -1e-4 * gram.trace()
+    full = whitened_svd(W, gram)
+    torch.testing.assert_close(full.dense().double(), W, atol=1e-6 if side else 1e-2, rtol=0)
+    assert output_error(W, full.truncate(1), X) < 1e-3 * (W @ X).square().sum()
+
+
+@pytest.mark.parametrize("side", [factor.FLOAT64_SIDE, 0], ids=["float64", "float32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_any_input_or_curvature_the_matrix_comes_back(
+    shape: tuple[int, int], side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where numbers below 1e-38 are flushed to zero, as some libraries make the processor do."""
+    monkeypatch.setattr(factor, "FLOAT64_SIDE", side)
+    W, H, G = torch.randn(shape, dtype=torch.float64), torch.zeros(shape[1], shape[1]), torch.zeros(shape[0], shape[0])
+    torch.set_flush_denormal(True)
+    try:
+        found = [whitened_svd(W, H), scaled_svd(W, H), two_sided_svd(W, H, G, damping=0.1)]
+        target = anchored_target(W, H, H, blend=1.0, ridge=1e-3)
+    finally:
+        torch.set_flush_denormal(False)
+    for result in (*(full.dense() for full in found), target):
+        torch.testing.assert_close(result.double(), W, atol=1e-5, rtol=0)
+
+
+def test_scaled_keeps_directions_that_only_unseen_inputs_reach() -> None:
+    """Input 0 is always zero: what W makes of it comes last, but it comes."""
+    W = torch.randn(9, 4, dtype=torch.float64)
+    X = activations(4)
+    X[0] = 0
+    full = scaled_svd(W, gram_of(X))
+    torch.testing.assert_close(full.dense(), W, atol=1e-10, rtol=0)
+    assert output_error(W, full.truncate(3), X) < 1e-6 * (W @ X).square().sum()

@@ -27,8 +27,8 @@ PASS_SHARE, DECOMPOSITION_SHARE, DECOMPOSITION_WORK = 0.5, 0.1, 25
 # activations, and Grams of outputs; four inputs of a block read in two models; a step, its backward pass and the dense
 # model's part.
 GRAMS, CURVATURE, TWO_STREAMS, BLOCK_STEP, E2E_STEP = 1.7, 3.7, 5.0, 3.5, 4.0
-# Mean of effective rank / smaller side below which ranks go with it: .58 of a NuMuon checkpoint gained by that, .85 of a
-# Muon checkpoint lost (evals/compressor). Spectra are read for it if they take no longer.
+# Mean of effective rank / smaller side below which ranks go with it: a NuMuon checkpoint with .58 gained by that, one
+# of Muon with .85 lost (evals/compressor). Spectra are read for it if they take no longer.
 LOW_EFFECTIVE_RANK, SPECTRA_SECONDS = 0.65, 60
 
 

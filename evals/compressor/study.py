@@ -59,18 +59,24 @@ def main() -> None:
 
 
 def wanted() -> list[dict[str, Any]]:
-    """One entry for each optimizer and seed, which share a calibration: the trials of both."""
-    groups = []
-    for seed in TRIALS["seeds"]:
-        for optimizer in TRIALS["optimizers"]:
-            trials = [
+    """One entry for each optimizer and seed, which share a calibration; methods of all seeds come first."""
+    methods = TRIALS["methods"]
+    everywhere = [method for method, one in methods.items() if "seeds" not in one]
+    return [
+        {
+            "optimizer": optimizer,
+            "seed": seed,
+            "trials": [
                 {"optimizer": optimizer, "seed": seed, "method": method, "keep": keep}
-                for method, one in TRIALS["methods"].items()
-                for keep in one.get("keeps", TRIALS["keeps"])
-                if seed in one.get("seeds", TRIALS["seeds"])
-            ]
-            groups.append({"optimizer": optimizer, "seed": seed, "trials": trials})
-    return groups
+                for method in chosen
+                for keep in methods[method].get("keeps", TRIALS["keeps"])
+                if seed in methods[method].get("seeds", TRIALS["seeds"])
+            ],
+        }
+        for chosen in (everywhere, [method for method in methods if method not in everywhere])
+        for seed in TRIALS["seeds"]
+        for optimizer in TRIALS["optimizers"]
+    ]
 
 
 def run_missing(models: Path, corpora: dict[str, str], groups: list[dict[str, Any]]) -> None:

@@ -17,7 +17,8 @@ from lowrank_kit.compression.settings import CompressSettings
 
 def main(model: str, output: str, keep: float = 0.5) -> str:
     """Compress, load and generate; returns the generated text."""
-    report = compress(model, Path(output), CompressSettings(keep=keep, calibration_blocks=32, block_tokens=64))
+    settings = CompressSettings(keep=keep, objective="whiten", calibration_blocks=32, block_tokens=64)
+    report = compress(model, Path(output), settings)
     print(
         f"kept {report['totals']['matrix_keep']:.1%} of the matrices, {report['totals']['model_keep']:.1%} of the model"
     )

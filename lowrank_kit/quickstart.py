@@ -174,6 +174,7 @@ def _compressed(folder: Path, size: Size, optimizer: str, seed: int) -> Iterator
     for keep in KEEPS:
         settings = CompressSettings(
             keep=keep,
+            objective="whiten",
             calibration_blocks=size.calibration_blocks,
             block_tokens=size.block_tokens,
             batch_size=2 * size.batch_size,

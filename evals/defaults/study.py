@@ -121,7 +121,11 @@ def _run(trial: dict[str, Any], prepared: Path, folder: Path) -> dict[str, Any]:
     calibration = None
     for keep in KEEPS:
         compressing = CompressSettings(
-            keep=keep, calibration_blocks=SIZE.calibration_blocks, block_tokens=SIZE.block_tokens, **text
+            keep=keep,
+            objective="whiten",
+            calibration_blocks=SIZE.calibration_blocks,
+            block_tokens=SIZE.block_tokens,
+            **text,
         )
         calibration = calibration or calibrate(Checkpoint.open(folder), compressing)
         output = folder.with_name(f"{folder.name}-{keep}")

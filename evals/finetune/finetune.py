@@ -141,7 +141,9 @@ def _run(trial: dict[str, Any], texts: Path, before: Path, folder: Path) -> dict
     loss = {"dense": _losses(folder, sides, trial["seed"])}
     calibration = None
     for keep in KEEPS:
-        compressing = CompressSettings(keep=keep, block_tokens=COMMON["block_tokens"], text=new, seed=trial["seed"])
+        compressing = CompressSettings(
+            keep=keep, objective="whiten", block_tokens=COMMON["block_tokens"], text=new, seed=trial["seed"]
+        )
         calibration = calibration or calibrate(Checkpoint.open(folder), compressing, device="cpu")
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             output = Path(scratch) / "compressed"

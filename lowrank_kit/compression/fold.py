@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,15 @@ from transformers import PreTrainedModel
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.compression.calibration import Calibration, dense_objective, factorize, refuse_non_finite
 from lowrank_kit.compression.chain import Chain, block_paths, read_input
-from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
-from lowrank_kit.compression.piece import Piece, cut
+from lowrank_kit.compression.objectives import OBJECTIVES
+from lowrank_kit.compression.piece import TORCH_DTYPES, Piece, cut
 from lowrank_kit.compression.plan import Plan, PlannedMatrix
 from lowrank_kit.compression.refine import Refined, refine_block, refine_end_to_end, trainable
+from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers import LOW_RANK_LAYERS
-from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored
+from lowrank_kit.linalg.factor import Factors
+from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
 
 
 @dataclass
@@ -58,15 +59,17 @@ def fold(plan: Plan, calibration: Calibration | None, *, device: torch.device, d
     sequential = OBJECTIVES[settings.objective].sequential
     by_block = sequential or settings.refine in ("block", "both")
     folded = Folded()
+    if not _planned(plan):
+        return folded
     if not by_block:
         folded.pieces = _cut_all(plan, calibration)
-    if settings.refine == "none" and not by_block:
-        return folded
+        if settings.refine == "none":
+            return folded
     assert calibration is not None
     wanted = dtype if settings.refine == "none" else torch.float32
     model = load_model(plan.checkpoint, device=device, dtype=wanted)
     if by_block:
-        _fold_blocks(model, plan, calibration, folded)
+        _BlockFold(model, plan, calibration, folded).run()
     else:
         for piece in folded.pieces.values():
             piece.install(model)
@@ -83,158 +86,161 @@ def _planned(plan: Plan) -> dict[str, PlannedMatrix]:
 
 
 def _cut_all(plan: Plan, calibration: Calibration | None) -> dict[str, Piece]:
-    """Every matrix by itself; the factorizations of a calibration are kept for other plans."""
-    settings, planned = plan.settings, _planned(plan)
-    if calibration is None:
-        found = factorize(plan.checkpoint, settings.objective, settings.options, {})
-        return {name: _cut(planned[name], factors, None, plan) for name, factors in found if name in planned}
-    nested = calibration.factors(plan.checkpoint, settings.objective, settings.options)
-    with calibration.timed("cut"):
-        return {name: _cut(one, nested[name], calibration.statistics[name], plan) for name, one in planned.items()}
+    """Every matrix by itself."""
+    planned, settings = _planned(plan), plan.settings
+    if calibration is not None:
+        with calibration.timed("cut"):
+            return dict(_cut_by_dense(planned, plan, calibration))
+    found = factorize(plan.checkpoint, settings.objective, settings.options, {})
+    return {name: _cut(planned[name], factors, None, settings) for name, factors in found if name in planned}
 
 
-def _cut(planned: PlannedMatrix, factors: Any, statistics: Statistics | None, plan: Plan) -> Piece:
-    assert plan.settings.form is not None
-    gram = statistics.gram if statistics is not None else None
-    return cut(planned, factors, gram, form=plan.settings.form)
-
-
-def _fold_blocks(model: PreTrainedModel, plan: Plan, calibration: Calibration, folded: Folded) -> None:
-    """Block after block: what the dense and the compressed blocks before give is what the next is made for."""
-    settings, planned = plan.settings, _planned(plan)
-    sequential = OBJECTIVES[settings.objective].sequential
-    outside = {name: one for name, one in planned.items() if one.stored.matrix.block is None}
-    for name, piece in _cut_densely(outside, plan, calibration):
-        folded.pieces[name] = piece
-    paths = block_paths(stored.matrix for stored in plan.checkpoint.matrices())
-    texts = calibration.texts
-    chain = Chain(model, paths, texts.calibration.ids, batch_size=settings.batch_size)
-    streams = {"calibration": _Stream(chain, texts.calibration.ids)} if sequential else {}
-    if settings.refine in ("block", "both"):
-        assert texts.refinement is not None
-        streams |= {"text": _Stream(chain, texts.refinement.ids), "check": _Stream(chain, texts.check.ids)}
-    for index, path in enumerate(tqdm(paths, desc="fold", unit="block", disable=None)):
-        block = model.get_submodule(path)
-        dense = copy.deepcopy(block)
-        here = {name: one for name, one in planned.items() if name.startswith(f"{path}.")}
-        pieces = (
-            _cut_in_turn(chain, index, block, dense, here, plan, calibration, streams["calibration"])
-            if sequential
-            else _cut_densely(here, plan, calibration)
-        )
-        for name, piece in pieces:
-            piece.install(model)
-            folded.pieces[name] = piece
-        for stream in streams.values():
-            stream.dense_outputs = chain.run_all(index, dense, stream.dense)
-        if "text" in streams and here:
-            with calibration.timed("refine by block"):
-                folded.refined[path] = refine_block(
-                    chain,
-                    index,
-                    block,
-                    (streams["text"].changed, streams["text"].dense_outputs),
-                    (streams["check"].changed, streams["check"].dense_outputs),
-                    epochs=settings.block_epochs,
-                    rate=settings.block_rate,
-                    seed=settings.seed,
-                )
-        for stream in streams.values():
-            stream.advance(index, block)
-    for name in outside:
-        folded.pieces[name].install(model)
-
-
-class _Stream:
-    """What the dense blocks and the compressed ones give for a text."""
-
-    def __init__(self, chain: Chain, ids: Tensor) -> None:
-        self.chain = chain
-        self.dense = self.changed = self.dense_outputs = chain.enter(ids)
-
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Past a block whose dense outputs are there."""
-        self.changed = self.chain.run_all(index, block, self.changed)
-        self.dense = self.dense_outputs
-
-
-def _cut_densely(
+def _cut_by_dense(
     planned: dict[str, PlannedMatrix], plan: Plan, calibration: Calibration
 ) -> Iterator[tuple[str, Piece]]:
-    """By the statistics of the dense model."""
+    """By the statistics of the dense model, whose factorizations are kept for other plans."""
     settings = plan.settings
     nested = calibration.factors(plan.checkpoint, dense_objective(settings.objective), settings.options)
     for name, one in planned.items():
-        yield name, _cut(one, nested[name], calibration.statistics[name], plan)
+        yield name, _cut(one, nested[name], calibration.statistics[name].gram, settings)
 
 
-def _cut_in_turn(
-    chain: Chain,
-    index: int,
-    block: nn.Module,
-    dense: nn.Module,
-    planned: dict[str, PlannedMatrix],
-    plan: Plan,
-    calibration: Calibration,
-    stream: _Stream,
-) -> Iterator[tuple[str, Piece]]:
-    """In the order in which the block reads its inputs, each by what the matrices before it have become."""
-    settings = plan.settings
-    path = chain.paths[index]
-    groups: dict[str, list[PlannedMatrix]] = {}
-    for one in planned.values():
-        groups.setdefault(one.stored.matrix.shares_input, []).append(one)
-    for group in _in_order(chain, index, dense, list(groups.values()), stream.dense):
-        reader = group[0].stored.matrix.name.removeprefix(f"{path}.")
-        with calibration.timed("grams of the compressed model"):
-            gram, cross = _changed_grams(chain, index, block, dense, reader, stream)
-        for one in group:
-            name = one.stored.matrix.name
-            ((_, tensor),) = plan.checkpoint.tensors([one.stored.tensors[0]])
-            refuse_non_finite(plan.checkpoint, one.stored.tensors[0], tensor)
-            known = replace(calibration.statistics[name], changed_gram=gram, cross=cross)
-            with calibration.timed("factorize"):
-                method = OBJECTIVES[settings.objective]
-                factors = method.factorize(one.stored.weight(tensor), known, settings.options)
-                piece = cut(one, factors, gram, form=settings.form or "factors")
-            yield name, piece
+def _cut(planned: PlannedMatrix, factors: Factors, gram_II: Tensor | None, settings: CompressSettings) -> Piece:
+    return cut(planned, factors, gram_II, form=settings.form or "factors", align=settings.align)
+
+
+class _BlockFold:
+    """Block after block: what the dense and the compressed blocks before give is what the next is made for."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, calibration: Calibration, folded: Folded) -> None:
+        settings, texts = plan.settings, calibration.texts
+        self.model, self.plan, self.calibration, self.folded = model, plan, calibration, folded
+        self.planned = _planned(plan)
+        self.sequential = OBJECTIVES[settings.objective].sequential
+        paths = block_paths(stored.matrix for stored in plan.checkpoint.matrices())
+        self.chain = Chain(model, paths, texts.calibration.ids, batch_size=settings.batch_size)
+        self.streams = {"calibration": _Stream(self.chain, texts.calibration.ids)} if self.sequential else {}
+        if settings.refine in ("block", "both"):
+            assert texts.refinement is not None
+            self.streams["text"] = _Stream(self.chain, texts.refinement.ids)
+            self.streams["check"] = _Stream(self.chain, texts.check.ids)
+
+    def run(self) -> None:
+        """Cut every matrix, and refine every block if the settings say so."""
+        outside = {name: one for name, one in self.planned.items() if one.stored.matrix.block is None}
+        if outside:
+            self._install(_cut_by_dense(outside, self.plan, self.calibration))
+            for stream in self.streams.values():
+                stream.enter_changed()
+        for index in tqdm(range(len(self.chain.paths)), desc="fold", unit="block", disable=None):
+            self._fold_block(index)
+
+    def _fold_block(self, index: int) -> None:
+        path = self.chain.paths[index]
+        block = self.model.get_submodule(path)
+        dense = copy.deepcopy(block)
+        here = {name: one for name, one in self.planned.items() if name.startswith(f"{path}.")}
+        if self.sequential:
+            self._install(self._cut_in_turn(index, block, dense, here))
+        else:
+            self._install(_cut_by_dense(here, self.plan, self.calibration))
+        targets = {name: self.chain.run_all(index, dense, stream.dense) for name, stream in self.streams.items()}
+        if "text" in self.streams and here:
+            self._refine(index, block, targets)
+        for name, stream in self.streams.items():
+            stream.dense = targets[name]
+            stream.changed = self.chain.run_all(index, block, stream.changed)
+
+    def _install(self, pieces: Iterator[tuple[str, Piece]]) -> None:
+        for name, piece in pieces:
+            piece.install(self.model)
+            self.folded.pieces[name] = piece
+
+    def _cut_in_turn(
+        self, index: int, block: nn.Module, dense: nn.Module, planned: dict[str, PlannedMatrix]
+    ) -> Iterator[tuple[str, Piece]]:
+        """In the order in which the block reads its inputs, each by what the matrices before it have become."""
+        settings, stream = self.plan.settings, self.streams["calibration"]
+        method = OBJECTIVES[settings.objective]
+        for group in _in_order(self.chain, index, dense, planned, stream.dense):
+            with self.calibration.timed("grams of the compressed model"):
+                gram, cross = _changed_grams(self.chain, index, block, dense, group[0], stream)
+            for name in group:
+                stored = planned[name].stored
+                ((on_disk, tensor),) = self.plan.checkpoint.tensors(stored.tensors)
+                refuse_non_finite(self.plan.checkpoint, on_disk, tensor)
+                known = replace(self.calibration.statistics[name], changed_gram=gram, cross=cross)
+                with self.calibration.timed("factorize"):
+                    factors = method.factorize(stored.weight(tensor), known, settings.options)
+                    piece = _cut(planned[name], factors, gram, settings)
+                yield name, piece
+
+    def _refine(self, index: int, block: nn.Module, targets: dict[str, Tensor]) -> None:
+        settings = self.plan.settings
+        text, check = ((self.streams[name].changed, targets[name]) for name in ("text", "check"))
+        with self.calibration.timed("refine by block"):
+            self.folded.refined[self.chain.paths[index]] = refine_block(
+                self.chain,
+                index,
+                block,
+                text,
+                check,
+                epochs=settings.block_epochs,
+                rate=settings.block_rate,
+                seed=settings.seed,
+                stored=_stored_dtype(self.plan),
+            )
+
+
+class _Stream:
+    """What the next block reads of a text: `dense` in the dense model, `changed` in the compressed one."""
+
+    def __init__(self, chain: Chain, ids: Tensor) -> None:
+        self.chain, self.ids = chain, ids
+        self.dense = self.changed = chain.enter(ids)
+
+    def enter_changed(self) -> None:
+        """Anew, by what is compressed before the first block."""
+        self.changed = self.chain.enter(self.ids)
 
 
 def _in_order(
-    chain: Chain, index: int, dense: nn.Module, groups: list[list[PlannedMatrix]], hidden_NTD: Tensor
-) -> list[list[PlannedMatrix]]:
-    """Groups of matrices with one input each, as the block comes to them."""
-    path = chain.paths[index]
+    chain: Chain, index: int, dense: nn.Module, planned: dict[str, PlannedMatrix], hidden_NTD: Tensor
+) -> list[list[str]]:
+    """Names of matrices, those with one input together, as the block comes to them."""
+    groups: dict[str, list[str]] = {}
+    for name, one in planned.items():
+        groups.setdefault(one.stored.matrix.shares_input, []).append(name)
     seen: list[str] = []
     handles = [
-        dense.get_submodule(group[0].stored.matrix.name.removeprefix(f"{path}.")).register_forward_pre_hook(
-            lambda module, args, key=group[0].stored.matrix.shares_input: seen.append(key)
+        dense.get_submodule(_inside(chain, index, group[0])).register_forward_pre_hook(
+            lambda module, args, key=key: seen.append(key)
         )
-        for group in groups
+        for key, group in groups.items()
     ]
     chain.run_all(index, dense, hidden_NTD[:1])
     for handle in handles:
         handle.remove()
-    unread = [group[0].stored.matrix.name for group in groups if group[0].stored.matrix.shares_input not in seen]
-    if unread:
+    if unread := [group[0] for key, group in groups.items() if key not in seen]:
         raise LowRankError(f"the calibration text does not reach {unread[0]}", hint="more text: --calibration-blocks")
-    return sorted(groups, key=lambda group: seen.index(group[0].stored.matrix.shares_input))
+    return [groups[key] for key in dict.fromkeys(seen)]
 
 
 def _changed_grams(
     chain: Chain, index: int, block: nn.Module, dense: nn.Module, reader: str, stream: _Stream
 ) -> tuple[Tensor, Tensor]:
-    """Y Y^T and X Y^T of what a module reads in the dense block (X) and in the compressed one (Y), [I, I] float64."""
+    """Y Y^T and X Y^T of what a matrix reads in the dense block (X) and in the compressed one (Y), [I, I] float64."""
+    path = _inside(chain, index, reader)
     gram = cross = None
     inputs = zip(
-        read_input(chain, index, dense, reader, stream.dense),
-        read_input(chain, index, block, reader, stream.changed),
+        read_input(chain, index, dense, path, stream.dense),
+        read_input(chain, index, block, path, stream.changed),
         strict=True,
     )
     for x, y in inputs:
         x_NI, y_NI = at_least_float32(x.flatten(0, -2)), at_least_float32(y.flatten(0, -2))
         if gram is None or cross is None:
-            gram = torch.zeros(y_NI.shape[1], y_NI.shape[1], dtype=torch.float64, device=y.device)
+            gram = zero_gram(y_NI.shape[1], y.device)
             cross = torch.zeros_like(gram)
         add_gram_(gram, y_NI)
         cross += x_NI.mT @ y_NI
@@ -242,10 +248,15 @@ def _changed_grams(
     assert cross is not None
     if not (gram.diagonal().isfinite().all() and cross.isfinite().all()):
         raise LowRankError(
-            f"NaN or Inf in the input of {chain.paths[index]}.{reader} of the compressed model",
+            f"NaN or Inf in the input of {reader} of the compressed model",
             hint="a higher budget, or --objective whiten",
         )
     return mirrored(gram).cpu(), cross.cpu()
+
+
+def _inside(chain: Chain, index: int, name: str) -> str:
+    """Path of a module of the model in its block."""
+    return name.removeprefix(f"{chain.paths[index]}.")
 
 
 def _refine_all(
@@ -264,7 +275,13 @@ def _refine_all(
             rate=settings.e2e_rate,
             batch_size=settings.batch_size,
             seed=settings.seed,
+            stored=_stored_dtype(plan),
         )
+
+
+def _stored_dtype(plan: Plan) -> torch.dtype:
+    """dtype in which factors are stored; the narrowest, should there be several."""
+    return min((TORCH_DTYPES[one.dtype] for one in _planned(plan).values()), key=lambda dtype: dtype.itemsize)
 
 
 def _others(model: PreTrainedModel) -> dict[str, Tensor]:

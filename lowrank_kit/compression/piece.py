@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_kit.compression.forms import FORMS
+from lowrank_kit.compression.ladder import ladder
 from lowrank_kit.compression.plan import PlannedMatrix
 from lowrank_kit.layers import LowRankLinear, exchange_linear
-from lowrank_kit.linalg.factor import Factors
+from lowrank_kit.linalg.factor import Factors, weighted_error
 
 # Those of a matrix, by safetensors' words.
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,9 +38,8 @@ class Piece:
 
     def dense(self) -> Tensor:
         """W' as it is stored, in float64."""
-        form = FORMS[self.planned.form]
-        parts = [t.double() if t.is_floating_point() else t for t in list(self.tensors.values())[:-1]]
-        return form.join(*parts)
+        *parts, _ = (t.double() if t.is_floating_point() else t for t in self.tensors.values())
+        return FORMS[self.planned.form].join(*parts)
 
     def install(self, model: nn.Module) -> None:
         """Put a low-rank layer in the place of the matrix's."""
@@ -59,7 +59,9 @@ class Piece:
         return replace(self, tensors=tensors)
 
 
-def cut(planned: PlannedMatrix, factors: Factors, gram_II: Tensor | None, *, form: str) -> Piece:
+def cut(
+    planned: PlannedMatrix, factors: Factors, gram_II: Tensor | None, *, form: str, align: int | None = None
+) -> Piece:
     """Cut nested factors to the rank that was planned.
 
     Args:
@@ -68,44 +70,34 @@ def cut(planned: PlannedMatrix, factors: Factors, gram_II: Tensor | None, *, for
         gram_II: what errors are weighed by; None for the weights themselves.
         form: "auto" takes two factors instead of the pivoted form where their error, as both are stored, is less: in
             16 bits rounding costs more in the pivoted form than its larger rank may gain.
+        align: what ranks are multiples of, see `ladder`.
     """
-    candidates = [planned]
+    pieces = [_cut(planned, factors)]
     if form == "auto" and planned.form == "pivoted":
-        candidates += _as_factors(planned)
-    if len(candidates) == 1:
-        return _cut(planned, factors)
-    pieces = [_cut(candidate, factors) for candidate in candidates]
-    return min(pieces, key=lambda piece: _error(piece, factors, gram_II))
+        pieces += [_cut(other, factors) for other in _as_factors(planned, align)]
+    if len(pieces) == 1:
+        return pieces[0]
+    whole = factors.B.double() @ factors.A.double()
+    return min(pieces, key=lambda piece: weighted_error(whole, piece.dense(), gram_II))
 
 
-def _as_factors(planned: PlannedMatrix) -> list[PlannedMatrix]:
-    """Two factors of the largest rank that takes no more numbers and bytes than was planned."""
-    shape, form = planned.stored.matrix.shape, FORMS["factors"]
-    rank = planned.numbers_after // sum(shape) + 1
-    while rank and (
-        form.numbers(shape, rank) > planned.numbers_after
-        or form.nbytes(shape, rank, planned.dtype) > planned.bytes_after
-    ):
-        rank -= 1
-    return [replace(planned, form="factors", rank=rank)] if rank else []
+def _as_factors(planned: PlannedMatrix, align: int | None) -> list[PlannedMatrix]:
+    """Two factors of the largest rank that takes no more numbers and bytes than was planned; none if none does."""
+    ranks = ladder(planned.stored.matrix.shape, "factors", None, align).ranks.tolist()
+    tried = [replace(planned, form="factors", rank=rank) for rank in ranks]
+    fit = [
+        one for one in tried if one.numbers_after <= planned.numbers_after and one.bytes_after <= planned.bytes_after
+    ]
+    return fit[-1:]
 
 
 def _cut(planned: PlannedMatrix, factors: Factors) -> Piece:
     assert planned.rank is not None
     short = factors.truncate(planned.rank)
     form = FORMS[planned.form]
-    names = [
-        name.removeprefix(".") for name, _, _ in form.tensors("", "F32", planned.stored.matrix.shape, planned.rank)
-    ]
+    leaves = [name.removeprefix(f"{planned.disk_path}.") for name, _, _ in planned.tensors()]
     stored = form.stored(
         Factors(short.B.double(), short.A.double(), short.singular_values), TORCH_DTYPES[planned.dtype]
     )
     energy = 1 - factors.relative_error(planned.rank) ** 2
-    return Piece(planned, dict(zip(names, (t.contiguous() for t in stored), strict=True)), energy)
-
-
-def _error(piece: Piece, factors: Factors, gram_II: Tensor | None) -> float:
-    """Squared weighted error of what is stored against all of B A."""
-    difference = factors.B.double() @ factors.A.double() - piece.dense()
-    weighted = difference if gram_II is None else difference @ gram_II
-    return (weighted * difference).sum().item()
+    return Piece(planned, dict(zip(leaves, (t.contiguous() for t in stored), strict=True)), energy)

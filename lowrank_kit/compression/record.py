@@ -16,13 +16,20 @@ from lowrank_kit.compression.fold import Folded
 from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan
-from lowrank_kit.compression.settings import AUTO, CompressSettings
+from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json, write_text
 
 
 def make_report(
-    plan: Plan, model: str, calibration: Calibration | None, folded: Folded, errors: dict[str, float]
+    plan: Plan,
+    model: str,
+    calibration: Calibration | None,
+    folded: Folded,
+    errors: dict[str, float],
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """The contents of compression.json.
 
@@ -32,6 +39,7 @@ def make_report(
         calibration: if there was one.
         folded: what the matrices became.
         errors: name of a matrix -> relative error of its outputs on the check text.
+        device, dtype: of the runs.
     """
     rows = []
     for planned in plan.matrices:
@@ -41,7 +49,7 @@ def make_report(
         rows.append({**planned.row(), "kept_energy": energy, "relative_error": errors.get(name)})
     return {
         "model": model,
-        "command": command_line(model, plan.settings),
+        "command": command_line(model, plan.settings, device=device, dtype=dtype),
         "settings": asdict(plan.settings),
         "totals": plan.totals(),
         "calibration": calibration and calibration.texts.record(),
@@ -53,13 +61,14 @@ def make_report(
     }
 
 
-def command_line(model: str, settings: CompressSettings) -> str:
+def command_line(model: str, settings: CompressSettings, *, device: str = "auto", dtype: str = "float32") -> str:
     """The command that does the same again."""
     words = ["lowrank", "compress", model]
     for field in fields(CompressSettings):
         value = getattr(settings, field.name)
         if value != field.default and field.name != "time":
-            words += [f"--{field.name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    words += ["--device", device] * (device != "auto") + ["--dtype", dtype] * (dtype != "float32")
     return shlex.join([*words, "-o", "OUTPUT"])
 
 
@@ -85,13 +94,13 @@ def write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
 
 def _how(settings: CompressSettings, report: dict[str, Any]) -> dict[str, Any]:
     check, text = report["check"] or {}, report["calibration"]
-    forms = list(FORMS) if settings.form == AUTO else [settings.form or "factors"]
+    forms = dict.fromkeys(row["form"] for row in report["matrices"] if row["rank"] is not None)
     refined = report["refined"].items()
     return {
         "budget": settings.budget_words,
         "objective": f"{settings.objective} ({OBJECTIVES[settings.objective].title})",
         "allocation": settings.allocation,
-        "form": "; ".join(f"{form}: {FORMS[form].title}" for form in forms),
+        "form": "; ".join(f"{form} ({FORMS[form].title})" for form in forms) or None,
         "refined": ", ".join(f"{stage}: {r['before']:.4g} to {r['after']:.4g}" for stage, r in refined) or None,
         "calibration": text and "{source}, {tokens:,} tokens, sha256 {sha256}".format(**text),
         "loss on check text": check.get("loss_compressed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ def refine_block(
     epochs: int,
     rate: float,
     seed: int,
+    stored: torch.dtype = torch.float32,
 ) -> Refined:
     """Train a block to give the dense block's outputs on the compressed model's own inputs.
 
@@ -70,6 +72,7 @@ def refine_block(
         epochs: passes over the text.
         rate: learning rate as a share of the root mean square of the tensor that is trained.
         seed: of the order of the sequences.
+        stored: dtype in which the result will be stored; states are judged as they are there.
 
     Raises:
         LowRankError: the loss is not finite.
@@ -92,8 +95,9 @@ def refine_block(
         loss,
         error,
         _orders(len(inputs), chain.batch_size, epochs, seed),
-        tokens=inputs.shape[0] * inputs.shape[1] * epochs,
+        block_tokens=inputs.shape[1],
         rate=rate,
+        stored=stored,
         desc=f"refine block {index}",
     )
 
@@ -108,6 +112,7 @@ def refine_end_to_end(
     rate: float,
     batch_size: int,
     seed: int,
+    stored: torch.dtype = torch.float32,
 ) -> Refined:
     """Train all factors, norms and biases to give the dense model's predictions.
 
@@ -118,7 +123,7 @@ def refine_end_to_end(
         dense: the model it was made from.
         ids: int [N, T].
         check_ids: int [N', T], by which the best state is chosen: never worse than before.
-        epochs, rate, seed: as in `refine_block`.
+        epochs, rate, seed, stored: as in `refine_block`.
         batch_size: B.
 
     Raises:
@@ -144,8 +149,9 @@ def refine_end_to_end(
             lambda chosen: divergence(ids[chosen]),
             error,
             _orders(len(ids), batch_size, epochs, seed),
-            tokens=ids.numel() * epochs,
+            block_tokens=ids.shape[1],
             rate=rate,
+            stored=stored,
             desc="refine end to end",
         )
 
@@ -162,8 +168,9 @@ def _train(
     error: Callable[[], float],
     orders: list[Tensor],
     *,
-    tokens: int,
+    block_tokens: int,
     rate: float,
+    stored: torch.dtype,
     desc: str,
 ) -> Refined:
     """AdamW over the batches of `orders`; the state with the least error on the check text is what stays.
@@ -174,28 +181,29 @@ def _train(
     started = time.perf_counter()
     parameters = trainable(module)
     optimizer, share = _optimizer(parameters, rate), _cosine(len(orders))
-    best = _Best(parameters, before := error())
-    every = max(1, math.ceil(len(orders) / LOOKS))
+    every = math.ceil(len(orders) / LOOKS)
     scale, done = 1.0, 0
     with in_evaluation(module), _training_only(module, parameters):
+        best = _Best(parameters, before := error())
+        _refuse_non_finite(before, desc, "check text, before any step")
         for done, chosen in enumerate(tqdm(orders, desc=desc, disable=None, leave=False), start=1):
             _set_rate(optimizer, scale * share(done - 1))
             optimizer.zero_grad()
             value = loss(chosen)
             value.backward()
-            _refuse_non_finite(value.item(), desc, done)
+            _refuse_non_finite(value.item(), desc, f"text, at step {done}")
             nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
             optimizer.step()
             if done % every and done != len(orders):
                 continue
-            if best.look(error()):
+            if best.look(error, stored):
                 best.restore()
                 optimizer, scale = _optimizer(parameters, rate), scale * BACK_OFF
             if best.since >= PATIENCE:
                 break
     best.restore()
-    seconds = round(time.perf_counter() - started, 3)
-    return Refined(before, best.error, done, tokens * done // max(1, len(orders)), seconds)
+    tokens = block_tokens * sum(len(chosen) for chosen in orders[:done])
+    return Refined(before, best.error, done, tokens, round(time.perf_counter() - started, 3))
 
 
 class _Best:
@@ -203,23 +211,29 @@ class _Best:
 
     def __init__(self, parameters: dict[str, nn.Parameter], error: float) -> None:
         self.parameters, self.error, self.since = parameters, error, 0
-        self._keep()
+        self.state = self._copy()
 
-    def look(self, error: float) -> int:
-        """Note an error; how many looks in a row have brought no gain."""
-        self.since = 0 if error < self.error else self.since + 1
-        if error < self.error:
-            self.error = error
-            self._keep()
+    def look(self, error: Callable[[], float], stored: torch.dtype) -> int:
+        """Measure the state as it would be stored; how many looks in a row have brought no gain."""
+        exact = self._copy()
+        self._put({name: tensor.to(stored) for name, tensor in exact.items()})
+        found = error()
+        self.since = 0 if found < self.error else self.since + 1
+        if found < self.error:
+            self.error, self.state = found, self._copy()
+        self._put(exact)
         return self.since
 
     def restore(self) -> None:
+        self._put(self.state)
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def _put(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(self.state[name])
-
-    def _keep(self) -> None:
-        self.state = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+                parameter.copy_(state[name])
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], rate: float) -> torch.optim.AdamW:
@@ -260,26 +274,23 @@ def _orders(count: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]
     return [part for order in orders for part in order.split(size)]
 
 
-def _refuse_non_finite(value: float, desc: str, step: int) -> None:
+def _refuse_non_finite(value: float, desc: str, where: str) -> None:
     if not math.isfinite(value):
         raise LowRankError(
-            f"{desc}: the loss is {value} at step {step}", hint="a lower --refine-rate, or --refine none"
+            f"{desc}: the loss is {value} on the {where}", hint="a lower --block-rate or --e2e-rate, or --refine none"
         )
 
 
-class _training_only:
+@contextmanager
+def _training_only(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     """Inside, only the given parameters take gradients."""
-
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-        self.module, self.wanted = module, {id(p) for p in parameters.values()}
-
-    def __enter__(self) -> None:
-        self.before = [(p, p.requires_grad) for p in self.module.parameters()]
-        for parameter, _ in self.before:
-            parameter.requires_grad_(id(parameter) in self.wanted)
-
-    def __exit__(self, *_: object) -> Iterator[None] | None:
-        for parameter, required in self.before:
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    wanted = {id(p) for p in parameters.values()}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, required in before:
             parameter.requires_grad_(required)
             parameter.grad = None
-        return None

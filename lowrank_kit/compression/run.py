@@ -92,7 +92,8 @@ def compress(
         plan = replace(plan, matrices=tuple(_as_made(m, folded) for m in plan.matrices))
         write_shards(folder, list(plan.shards), _filler(plan, _made(plan, folded)))
         _copy_others(checkpoint.path, folder)
-        report = make_report(plan, str(model), calibration, folded, output_errors(plan, calibration, folded))
+        errors = output_errors(plan, calibration, folded)
+        report = make_report(plan, str(model), calibration, folded, errors, device=device, dtype=dtype)
         report |= {"choice": choice.record(), "forecast": expected}
         write_documents(folder, plan, report)
         if calibration is not None:
@@ -125,7 +126,10 @@ def prepare(
         raise ValueError("the calibration has no refinement text: calibrate with settings that refine")
     if not text_wanted:
         calibration = None
-    elif calibration is None and not _all_dense(checkpoint, settings, needed):
+    elif calibration is not None:
+        # Its own clock: what another compression took is not to be in this one's report.
+        calibration = replace(calibration, seconds=dict(calibration.seconds))
+    elif not _all_dense(checkpoint, settings, needed):
         calibration = calibrate(checkpoint, settings, device=device, dtype=dtype)
     evidence = _evidence(checkpoint, settings, needed, calibration)
     return make_plan(checkpoint, settings, evidence), evidence, calibration

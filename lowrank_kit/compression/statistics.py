@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored
+from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
 from lowrank_kit.matrices import Matrix
 
 _MORE_TEXT = "more text: --calibration-blocks; or --objective plain, which needs none"
@@ -174,8 +174,7 @@ def adder(grams: dict[str, Tensor], key: str, what: str) -> Callable[[Tensor], N
     def add(x: Tensor) -> None:
         x_NI = at_least_float32(x.reshape(-1, x.shape[-1]))
         if key not in grams:
-            dtype = torch.float64 if x.device.type != "mps" else torch.float32
-            grams[key] = torch.zeros(x_NI.shape[1], x_NI.shape[1], dtype=dtype, device=x.device)
+            grams[key] = zero_gram(x_NI.shape[1], x.device)
         total = add_gram_(grams[key], x_NI)
         # Not finite where a number is not, nor where the square of one is too large.
         if not total.diagonal().isfinite().all():

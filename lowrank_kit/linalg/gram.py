@@ -16,6 +16,11 @@ PANELS = 4
 NARROWEST = 96
 
 
+def zero_gram(side: int, device: torch.device) -> Tensor:
+    """The empty sum, [side, side], in float64 where the device has it."""
+    return torch.zeros(side, side, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+
+
 def add_gram_(total_II: Tensor, x_NI: Tensor) -> Tensor:
     """Add the upper triangle of X^T X to a sum; `mirrored` makes the sum whole at the end.
 

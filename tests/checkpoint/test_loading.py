@@ -142,7 +142,7 @@ def test_keep_1_is_the_dense_model_exactly(
     family: str, folders: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     dense_folder, _ = folders(family)
-    compress(dense_folder, tmp_path / "whole", CompressSettings(keep=1.0))
+    compress(dense_folder, tmp_path / "whole", CompressSettings(keep=1.0, objective="whiten"))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())
     assert torch.equal(logits(whole), logits(AutoModelForCausalLM.from_pretrained(dense_folder)))
@@ -166,8 +166,9 @@ def test_dtype(dtype: torch.dtype | str, form: str, folders: Callable[..., tuple
     assert {dtype for name, dtype in found.items() if not name.endswith(".index")} == {wanted}
     assert {dtype for name, dtype in found.items() if name.endswith(".index")} <= {torch.int32}
     expected = logits(AutoModelForCausalLM.from_pretrained(compressed))
-    # bfloat16 has 8 bits: two blocks deep some 2 % of logits of size 4.
-    torch.testing.assert_close(logits(model).float(), expected, rtol=0, atol=0 if wanted == torch.float32 else 0.15)
+    # bfloat16 has 8 bits: two blocks deep some 2 % of logits of size 4. The pivoted form is some 2.5 times as far off.
+    atol = {"factors": 0.15, "pivoted": 0.3}[form]
+    torch.testing.assert_close(logits(model).float(), expected, rtol=0, atol=0 if wanted == torch.float32 else atol)
 
 
 @both_forms

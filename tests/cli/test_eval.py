@@ -264,7 +264,9 @@ def test_no_tokenizer(
 @pytest.fixture(scope="module")
 def calibrated(tiny_llama_folder: Path, pages: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("models") / "calibrated"
-    few = CompressSettings(keep=0.5, text=pages, block_tokens=32, calibration_blocks=4, check_blocks=2)
+    few = CompressSettings(
+        keep=0.5, objective="whiten", text=pages, block_tokens=32, calibration_blocks=4, check_blocks=2
+    )
     compress(tiny_llama_folder, output, few)
     return output
 
@@ -313,7 +315,13 @@ def test_a_file_of_which_the_beginning_was_read(
     text = tmp_path / "book.txt"
     text.write_text("\n\n".join(document.text for document in read_source(pages)))
     few = CompressSettings(
-        keep=0.5, text=str(text), block_tokens=32, calibration_blocks=2, check_blocks=1, max_bytes=max_bytes
+        keep=0.5,
+        objective="whiten",
+        text=str(text),
+        block_tokens=32,
+        calibration_blocks=2,
+        check_blocks=1,
+        max_bytes=max_bytes,
     )
     compress(tiny_llama_folder, tmp_path / "half", few)
     model = str(tmp_path / "half")

@@ -91,7 +91,7 @@ def amount_spent(plan: Plan, budget: str, scope: str) -> int:
         return sum(shard_bytes(shard.headers) for shard in plan.shards)
     outside = set()
     if scope == "matrices":
-        matrices = {s.tensors[0] for s in plan.checkpoint.matrices()}
+        matrices = {m.stored.tensors[0]: m for m in plan.matrices}
         outside = {name for name in plan.checkpoint.headers if name not in matrices} | {
             output_name(name, matrices) for name in plan.checkpoint.headers if name not in matrices
         }
@@ -340,11 +340,14 @@ def test_a_budget_in_words(given: dict[str, object], words: str) -> None:
     assert CompressSettings(**given).budget_words == words  # type: ignore[arg-type]
 
 
+CHOICES = "anchored, anchored-two-sided, auto, plain, scaled, two-sided, whiten"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"objective": "whitten"}, 'unknown objective "whitten"\nhint: did you mean "whiten"?'),
-        ({"objective": "x"}, 'unknown objective "x"\nhint: choose from: plain, whiten'),
+        ({"objective": "x"}, 'unknown objective "x"\nhint: choose from: ' + CHOICES),
         ({"allocation": "unifrom"}, 'unknown allocation "unifrom"\nhint: did you mean "uniform"?'),
         ({"form": "pivot"}, 'unknown form "pivot"\nhint: did you mean "pivoted"?'),
         ({"align": 0}, "align must be at least 1, got 0\nhint: --align 16"),

@@ -20,35 +20,40 @@ from lowrank_kit.checkpoint import writer
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression.run import calibrate, compress
 from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.compression.texts import Texts, draw_texts
 from lowrank_kit.data.blocks import token_blocks
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import LowRankLinear, PivotedLinear
 
 BLOCKS, BLOCK_TOKENS = 24, 32
+SMALL: dict[str, Any] = {"calibration_blocks": BLOCKS, "block_tokens": BLOCK_TOKENS}
 
 
 def settings_for(text: str | None, **given: Any) -> CompressSettings:
-    return CompressSettings(
-        **({"keep": 0.5, "text": text, "calibration_blocks": BLOCKS, "block_tokens": BLOCK_TOKENS} | given)
-    )
+    return CompressSettings(**({"keep": 0.5, "objective": "whiten", "text": text} | SMALL | given))
 
 
-def calibration_ids(folder: Path, text: str) -> Tensor:
+def texts_of(folder: Path, text: str) -> Texts:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    blocks = token_blocks(load_corpus(text).train, tokenizer, BLOCK_TOKENS, max_blocks=BLOCKS, seed=0)
-    return blocks.ids.long()
+    return draw_texts(
+        text, tokenizer, block_tokens=BLOCK_TOKENS, calibration=BLOCKS, check=CompressSettings.check_blocks
+    )
 
 
 def inputs_of(model: LlamaForCausalLM, names: list[str], ids: Tensor) -> dict[str, Tensor]:
     """What each named module reads, [tokens, in] float64."""
     seen: dict[str, Tensor] = {}
-    for name in names:
+    handles = [
         model.get_submodule(name).register_forward_hook(
             lambda module, args, output, name=name: seen.__setitem__(name, args[0].double().flatten(0, -2))
         )
+        for name in names
+    ]
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return seen
 
 
@@ -79,38 +84,42 @@ def test_whiten_is_better_on_outputs_and_both_report_what_they_reach(
     weights = {objective: low_rank_weights(folder) for objective, folder in outputs.items()}
     names = list(weights["plain"])
     assert len(names) == 14
-    inputs = inputs_of(dense, names, calibration_ids(tiny_llama_folder, text_file))
-    reported = {
-        objective: {row["matrix"]: row["relative_error"] for row in report_of(folder)["matrices"]}
-        for objective, folder in outputs.items()
-    }
+    texts = texts_of(tiny_llama_folder, text_file)
+    inputs, unseen = (inputs_of(dense, names, blocks.ids.long()) for blocks in (texts.calibration, texts.check))
+    rows = {key: {row["matrix"]: row for row in report_of(folder)["matrices"]} for key, folder in outputs.items()}
     for name in names:
-        W, X = dense.get_submodule(name).weight.double(), inputs[name].mT
+        W, X, checked = dense.get_submodule(name).weight.double(), inputs[name].mT, unseen[name].mT
         output_error = {key: ((W - BA[name]) @ X).norm() / (W @ X).norm() for key, BA in weights.items()}
+        check_error = ((W - weights["whiten"][name]) @ checked).norm() / (W @ checked).norm()
         weight_error = {key: (W - BA[name]).norm() / W.norm() for key, BA in weights.items()}
         assert output_error["whiten"] < 0.99 * output_error["plain"]
         assert weight_error["plain"] < 0.99 * weight_error["whiten"]
         # Factors are stored in float32, the Gram is made of float32 products.
-        assert math.isclose(reported["plain"][name], weight_error["plain"].item(), rel_tol=1e-5)
-        assert math.isclose(reported["whiten"][name], output_error["whiten"].item(), rel_tol=1e-5)
+        assert math.isclose(rows["plain"][name]["relative_error"], weight_error["plain"].item(), rel_tol=1e-5)
+        assert math.isclose(rows["whiten"][name]["relative_error"], check_error.item(), rel_tol=1e-5)
+        for key, error in (("plain", weight_error), ("whiten", output_error)):
+            assert math.isclose(rows[key][name]["kept_energy"], 1 - error[key].item() ** 2, rel_tol=1e-5)
 
 
-def test_pivoted_is_the_same_in_fewer_numbers(
+def test_pivoted_is_more_rank_in_the_same_numbers(
     outputs: dict[str, Path], tiny_llama_folder: Path, text_file: str, tmp_path: Path
 ) -> None:
     report = compress(tiny_llama_folder, tmp_path / "out", settings_for(text_file, form="pivoted"))
     factors = report_of(outputs["whiten"])
     pivoted, two = low_rank_weights(tmp_path / "out"), low_rank_weights(outputs["whiten"])
     assert pivoted.keys() == two.keys()
-    for name, W in two.items():
-        # Both are rounded to float32.
-        assert (pivoted[name] - W).norm() < 1e-6 * W.norm()
     for row, other in zip(report["matrices"], factors["matrices"], strict=True):
+        name = row["matrix"]
         assert (row["form"], other["form"]) == ("pivoted", "factors")
-        assert row["rank"] == other["rank"]
-        # r^2 fewer, and an index.
-        saved = round((other["kept"] - row["kept"]) * row["out"] * row["in"])
-        assert saved == row["rank"] ** 2 - row["out"]
+        assert torch.linalg.matrix_rank(pivoted[name], rtol=1e-6) == row["rank"] >= other["rank"]
+        assert row["kept_energy"] >= other["kept_energy"]
+        assert row["relative_error"] < other["relative_error"] + 1e-6
+        # Nested: what the two factors keep, it keeps too. Both are rounded to float32.
+        basis = torch.linalg.svd(two[name]).U[:, : other["rank"]]
+        assert (basis.mT @ (pivoted[name] - two[name])).norm() < 1e-5 * two[name].norm()
+    ranks = [sum(row["rank"] for row in made["matrices"]) for made in (report, factors)]
+    assert ranks[0] > 1.05 * ranks[1]
+    assert 0.48 < report["totals"]["matrix_keep"] <= 0.5
     assert "- form: pivoted (r rows" in (tmp_path / "out" / "README.md").read_text()
 
 

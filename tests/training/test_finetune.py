@@ -199,7 +199,9 @@ def test_settings_that_are_for_text(changes: dict[str, Any], chat_settings: Make
 
 
 def test_calibration_on_conversations(tiny_llama_folder: Path, chat_file: Path) -> None:
-    settings = CompressSettings(keep=0.5, text=str(chat_file), block_tokens=32, calibration_blocks=200, check_blocks=1)
+    settings = CompressSettings(
+        keep=0.5, objective="whiten", text=str(chat_file), block_tokens=32, calibration_blocks=200, check_blocks=1
+    )
     texts = calibrate(Checkpoint.open(tiny_llama_folder), settings, device="cpu").texts
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     text = "\n".join(tokenizer.decode(blocks.ids.flatten()) for blocks in texts.sets.values())

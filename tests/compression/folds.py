@@ -1,0 +1,56 @@
+"""Plans and calibrations of tiny models of many families, on random tokens: they have no tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.loading import load_model
+from lowrank_kit.compression.calibration import Calibration, foldable
+from lowrank_kit.compression.fold import Folded, fold
+from lowrank_kit.compression.objectives import Statistics
+from lowrank_kit.compression.plan import Plan, make_plan
+from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.compression.statistics import input_grams, mean_loss, output_grams
+from lowrank_kit.compression.texts import Texts
+from lowrank_kit.data.blocks import TokenBlocks
+from tests.families import token_ids
+
+CPU = torch.device("cpu")
+LENGTH = 16
+
+
+def blocks_of(count: int, seed: int) -> TokenBlocks:
+    return TokenBlocks(token_ids(count, LENGTH, seed).int(), 1.0)
+
+
+def settings_of(**given: Any) -> CompressSettings:
+    return CompressSettings(**({"keep": 0.5, "batch_size": 4, "block_tokens": LENGTH} | given)).with_defaults()
+
+
+def calibration_of(folder: Path, settings: CompressSettings, *, blocks: int = 20) -> Calibration:
+    """As `calibrate` makes it."""
+    model = load_model(Checkpoint.open(folder), device=CPU, dtype=torch.float32)
+    matrices = [stored.matrix for stored in foldable(Checkpoint.open(folder))]
+    texts = Texts("random", blocks_of(blocks, 1), blocks_of(blocks, 2), blocks_of(6, 3), (), "")
+    grams = input_grams(model, matrices, texts.calibration)
+    outputs = output_grams(model, matrices, texts.calibration) if settings.needs_curvature else {}
+    statistics = {
+        m.name: Statistics(
+            tokens=texts.calibration.num_tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name)
+        )
+        for m in matrices
+    }
+    return Calibration(
+        folder, texts, statistics, input_grams(model, matrices, texts.check), mean_loss(model, texts.check), {}
+    )
+
+
+def folded(folder: Path, dtype: torch.dtype = torch.float64, **given: Any) -> tuple[Plan, Calibration, Folded]:
+    """Plan, calibrate and fold, with blocks run in `dtype`."""
+    settings = settings_of(**given)
+    plan, calibration = make_plan(Checkpoint.open(folder), settings), calibration_of(folder, settings)
+    return plan, calibration, fold(plan, calibration, device=CPU, dtype=dtype)

@@ -71,8 +71,7 @@ def make_model(folder: Path, preset: str) -> Path:
 def measure(folder: Path, output: Path, settings: CompressSettings) -> dict[str, Any]:
     """Seconds of the parts, of `whiten` and of a second budget, text and loading left out of none."""
     calibration, calibrating = timed(lambda: calibrate(Checkpoint.open(folder), settings))
-    known = dict(calibration.seconds)
-    _, first = timed(lambda: compress(folder, output / "first", settings, calibration=calibration))
+    report, first = timed(lambda: compress(folder, output / "first", settings, calibration=calibration))
     again = CompressSettings(**{**vars(settings), "keep": 0.4})
     _, second = timed(lambda: compress(folder, output / "second", again, calibration=calibration))
     model = load_model(Checkpoint.open(folder), device=torch.device("cpu"), dtype=torch.float32)
@@ -90,7 +89,7 @@ def measure(folder: Path, output: Path, settings: CompressSettings) -> dict[str,
         "baseline": forward + decompositions,
         "forward": forward,
         "decompositions": decompositions,
-        "stages": {**known, **calibration.seconds},
+        "stages": report["seconds"],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -88,10 +88,16 @@ def choose(checkpoint: Checkpoint, settings: CompressSettings, device: torch.dev
     return Choice(candidate, (f"{_words(candidate)}: {gain}; the quickest there is", *refused[-1:]), stages)
 
 
+@lru_cache
+def speed(device: torch.device) -> float:
+    """Arithmetic of large products a second, measured once."""
+    return product_flops(device, torch.float32)
+
+
 def spectra_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
     """Estimate of the time that the singular values of all matrices take, with half the work of a decomposition."""
     sides = sum(min(stored.matrix.shape) ** 3 for stored in foldable(checkpoint))
-    return DECOMPOSITION_WORK * sides / (2 * DECOMPOSITION_SHARE * product_flops(device, torch.float32))
+    return DECOMPOSITION_WORK * sides / (2 * DECOMPOSITION_SHARE * speed(device))
 
 
 def _candidates(settings: CompressSettings, machine: _Machine) -> Iterator[tuple[CompressSettings, str]]:
@@ -127,10 +133,6 @@ class _Machine:
         self.config = checkpoint.config
 
     @cached_property
-    def flops(self) -> float:
-        return product_flops(self.device, torch.float32)
-
-    @cached_property
     def allocation(self) -> str:
         """By effective rank where the model was trained for it, if to find out takes a moment; else uniform."""
         if spectra_seconds(self.checkpoint, self.device) > SPECTRA_SECONDS:
@@ -163,13 +165,13 @@ class _Machine:
             passes["refine by block"] = (refinement * settings.block_epochs, BLOCK_STEP)
         if settings.refine in ("e2e", "both"):
             passes["refine end to end"] = (refinement * settings.e2e_epochs, E2E_STEP)
-        per_token = 2 * self.numbers / (PASS_SHARE * self.flops)
+        per_token = 2 * self.numbers / (PASS_SHARE * speed(self.device))
         sides = sum(min(m.shape) ** 3 for m in self.matrices)
         decompositions = DECOMPOSITION_WORK * sides * (2 if objective.sequential else 1)
         stages = {
             name: {"tokens": tokens, "seconds": work * tokens * per_token} for name, (tokens, work) in passes.items()
         }
-        stages["factorize"] = {"tokens": 0, "seconds": decompositions / (DECOMPOSITION_SHARE * self.flops)}
+        stages["factorize"] = {"tokens": 0, "seconds": decompositions / (DECOMPOSITION_SHARE * speed(self.device))}
         return stages
 
     def memory(self, settings: CompressSettings) -> int:

@@ -42,6 +42,7 @@ class Calibration:
         check_grams: `Matrix.shares_input` -> Gram on the check text.
         check_loss: of the dense model on the check text, nats per token.
         seconds: what each part took.
+        matrix_seconds: name of a matrix -> what its factorizations took.
         nested: (objective, options) -> name of a matrix -> its factors of full rank, once they have been asked for.
     """
 
@@ -51,6 +52,7 @@ class Calibration:
     check_grams: dict[str, Tensor]
     check_loss: float
     seconds: dict[str, float]
+    matrix_seconds: dict[str, float] = field(default_factory=dict)
     nested: dict[tuple[str, Options], dict[str, Factors]] = field(default_factory=dict)
 
     def factors(self, checkpoint: Checkpoint, objective: str, options: Options) -> dict[str, Factors]:
@@ -64,7 +66,10 @@ class Calibration:
         if key not in self.nested:
             with self.timed("factorize"):
                 found = factorize(checkpoint, objective, options, self.statistics)
-                self.nested[key] = {name: factors.float32() for name, factors in found}
+                self.nested[key] = {}
+                for name, factors, seconds in found:
+                    self.nested[key][name] = factors.float32()
+                    self.matrix_seconds[name] = self.matrix_seconds.get(name, 0.0) + seconds
         return self.nested[key]
 
     @contextmanager
@@ -135,8 +140,8 @@ def foldable(checkpoint: Checkpoint) -> list[StoredMatrix]:
 
 def factorize(
     checkpoint: Checkpoint, objective: str, options: Options, statistics: dict[str, Statistics]
-) -> Iterator[tuple[str, Factors]]:
-    """Factors of full rank of every matrix, one shard at a time and one weight in memory.
+) -> Iterator[tuple[str, Factors, float]]:
+    """Name, factors of full rank and seconds of every matrix, one shard at a time and one weight in memory.
 
     Raises:
         UsageError: the statistics have not what the objective needs.
@@ -151,7 +156,9 @@ def factorize(
         found = statistics.get(matrix.name, Statistics())
         _refuse_missing(f'objective "{objective}"', method.needs, found)
         refuse_non_finite(checkpoint, name, tensor)
-        yield matrix.name, method.factorize(stored[name].weight(tensor), found, options)
+        started = time.perf_counter()
+        factors = method.factorize(stored[name].weight(tensor), found, options)
+        yield matrix.name, factors, time.perf_counter() - started
 
 
 def refuse_non_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:

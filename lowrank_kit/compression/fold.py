@@ -6,6 +6,7 @@ Shape legend: N sequences, T tokens, D hidden, I in.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -92,7 +93,11 @@ def _cut_all(plan: Plan, calibration: Calibration | None) -> dict[str, Piece]:
         with calibration.timed("cut"):
             return dict(_cut_by_dense(planned, plan, calibration))
     found = factorize(plan.checkpoint, settings.objective, settings.options, {})
-    return {name: _cut(planned[name], factors, None, settings) for name, factors in found if name in planned}
+    return {
+        name: _cut(planned[name], factors, None, settings, seconds)
+        for name, factors, seconds in found
+        if name in planned
+    }
 
 
 def _cut_by_dense(
@@ -102,11 +107,17 @@ def _cut_by_dense(
     settings = plan.settings
     nested = calibration.factors(plan.checkpoint, dense_objective(settings.objective), settings.options)
     for name, one in planned.items():
-        yield name, _cut(one, nested[name], calibration.statistics[name].gram, settings)
+        spent = calibration.matrix_seconds.get(name, 0.0)
+        yield name, _cut(one, nested[name], calibration.statistics[name].gram, settings, spent)
 
 
-def _cut(planned: PlannedMatrix, factors: Factors, gram_II: Tensor | None, settings: CompressSettings) -> Piece:
-    return cut(planned, factors, gram_II, form=settings.form or "factors", align=settings.align)
+def _cut(
+    planned: PlannedMatrix, factors: Factors, gram_II: Tensor | None, settings: CompressSettings, spent: float
+) -> Piece:
+    """Cut, and add the time of it to what was spent on the factors."""
+    started = time.perf_counter()
+    piece = cut(planned, factors, gram_II, form=settings.form or "factors", align=settings.align)
+    return replace(piece, seconds=spent + time.perf_counter() - started)
 
 
 class _BlockFold:
@@ -170,10 +181,10 @@ class _BlockFold:
                 ((on_disk, tensor),) = self.plan.checkpoint.tensors(stored.tensors)
                 refuse_non_finite(self.plan.checkpoint, on_disk, tensor)
                 known = replace(self.calibration.statistics[name], changed_gram=gram, cross=cross)
+                started = time.perf_counter()
                 with self.calibration.timed("factorize"):
                     factors = method.factorize(stored.weight(tensor), known, settings.options)
-                    piece = _cut(planned[name], factors, gram, settings)
-                yield name, piece
+                yield name, _cut(planned[name], factors, gram, settings, time.perf_counter() - started)
 
     def _refine(self, index: int, block: nn.Module, targets: dict[str, Tensor]) -> None:
         settings = self.plan.settings

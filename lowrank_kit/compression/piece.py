@@ -26,11 +26,13 @@ class Piece:
         planned: what it was planned as; another form and rank where that stores less error in the same bytes.
         tensors: leaf of the name on disk, as "A.weight" -> what is stored, in the dtype on disk.
         kept_energy: share of the objective's energy that the rank keeps, before rounding.
+        seconds: what factorizing and cutting it took.
     """
 
     planned: PlannedMatrix
     tensors: Mapping[str, Tensor]
     kept_energy: float
+    seconds: float = 0.0
 
     def named(self) -> dict[str, Tensor]:
         """Name on disk -> tensor."""

@@ -45,8 +45,9 @@ def make_report(
     for planned in plan.matrices:
         name = planned.stored.matrix.name
         piece = folded.pieces.get(name)
-        energy = None if piece is None else piece.kept_energy
-        rows.append({**planned.row(), "kept_energy": energy, "relative_error": errors.get(name)})
+        energy, seconds = (None, None) if piece is None else (piece.kept_energy, round(piece.seconds, 4))
+        row = {**planned.row(), "kept_energy": energy, "relative_error": errors.get(name), "seconds": seconds}
+        rows.append(row)
     return {
         "model": model,
         "command": command_line(model, plan.settings, device=device, dtype=dtype),

@@ -16,7 +16,7 @@ from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.checkpoint.writer import Shard, write_shards
 from lowrank_kit.compression.allocation import Evidence
-from lowrank_kit.compression.auto import choose
+from lowrank_kit.compression.auto import Choice, choose
 from lowrank_kit.compression.calibration import (
     Calibration,
     calibrate,
@@ -36,6 +36,7 @@ from lowrank_kit.compression.statistics import mean_loss
 from lowrank_kit.device import resolve_device, resolve_dtype
 from lowrank_kit.linalg.factor import weighted_error
 from lowrank_kit.report.files import new_folder
+from lowrank_kit.report.tables import duration
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,10 @@ def compress(
     choice = choose(checkpoint, settings, resolve_device(device))
     settings = choice.settings
     needed = evidence_needed(checkpoint, settings)
-    for reason in choice.reasons:
-        logger.info("chosen: %s", reason)
+    _tell(choice)
+    if calibration is not None:
+        # What this compression takes is not the next one's.
+        calibration = replace(calibration, seconds=dict(calibration.seconds))
     with new_folder(output) as folder:
         for name, tensor in checkpoint.tensors():
             refuse_non_finite(checkpoint, name, tensor)
@@ -100,6 +103,14 @@ def compress(
             report["check"] |= {"loss_compressed": _check_loss(folder, calibration, settings, device, dtype)}
             write_documents(folder, plan, report)
     return report
+
+
+def _tell(choice: Choice) -> None:
+    for reason in choice.reasons:
+        logger.info("chosen: %s", reason)
+    for name, stage in choice.stages.items():
+        if stage["tokens"]:
+            logger.info("%s: %s tokens, %s", name, f"{stage['tokens']:,.0f}", duration(stage["seconds"]))
 
 
 def prepare(

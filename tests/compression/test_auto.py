@@ -32,7 +32,7 @@ def settings(**given: Any) -> CompressSettings:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, flops: float = 1e12, memory: int = 10**12) -> None:
-    monkeypatch.setattr(auto, "product_flops", lambda device, dtype: flops)
+    monkeypatch.setattr(auto, "speed", lambda device: flops)
     monkeypatch.setattr(auto, "available_memory", lambda device: memory)
 
 

@@ -1,9 +1,9 @@
 """Every method of the compressor, alone and stacked, on three checkpoints of the quickstart: loss at equal parameters.
 
     lowrank quickstart -o MODELS
-    python evals/compressor/study.py run MODELS --corpus wikitext=FILE --corpus books=FILE   # what is missing
-    python evals/compressor/study.py run MODELS ... --share 0/2                              # every second run
-    python evals/compressor/study.py table                                                   # README's tables
+    python evals/compressor/methods.py run MODELS --corpus wikitext=FILE --corpus books=FILE   # what is missing
+    python evals/compressor/methods.py run MODELS ... --share 0/2                              # every second run
+    python evals/compressor/methods.py table                                                   # README's tables
 
 Calibration, refinement and check text are drawn, disjoint, from the part of the standard library that was trained on;
 losses are on its held-out part and on the other corpora, which no choice has seen.

@@ -33,7 +33,7 @@ NUM_BLOCKS, BLOCK_TOKENS = 11, 32
 
 
 def settings_for(text: str, **given: Any) -> CompressSettings:
-    settings = {"keep": 0.5, "text": text, "objective": "whiten", "batch_size": 4, "check_blocks": 3}
+    settings: dict[str, Any] = {"keep": 0.5, "text": text, "objective": "whiten", "batch_size": 4, "check_blocks": 3}
     return CompressSettings(**settings | {"calibration_blocks": NUM_BLOCKS, "block_tokens": BLOCK_TOKENS} | given)
 
 
@@ -181,6 +181,7 @@ def test_inputs_evidence_is_the_spectrum_of_the_outputs(plain: Calibration, chec
     for stored in foldable(checkpoint):
         ((_, tensor),) = checkpoint.tensors([stored.tensors[0]])
         W, gram = stored.weight(tensor).double(), plain.statistics[stored.matrix.name].gram
+        assert gram is not None
         energies = torch.linalg.eigvalsh(W @ gram @ W.mT).flip(0)
         values = evidence[stored.matrix.name].weighted_values
         assert values is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from lowrank_kit.compression.statistics import input_grams, mean_loss, output_grams
+from lowrank_kit.compression.statistics import input_grams, input_grams_and_loss, mean_loss, output_grams
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.matrices import Matrix, find_matrices
@@ -176,6 +176,17 @@ def test_the_loss_is_that_of_the_next_token() -> None:
     with torch.no_grad():
         expected = model.eval()(input_ids=IDS, labels=IDS, use_cache=False).loss.item()
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_grams_and_loss_in_one_pass_are_those_of_two() -> None:
+    model = build("llama").train()
+    before = state(model)
+    grams, loss = input_grams_and_loss(model, plain_matrices(model), BLOCKS, batch_size=BATCH)
+    assert state(model) == before
+    expected = input_grams(model, plain_matrices(model), BLOCKS, batch_size=BATCH)
+    assert grams.keys() == expected.keys()
+    assert all(torch.equal(gram, expected[key]) for key, gram in grams.items())
+    assert loss == mean_loss(model, BLOCKS, batch_size=BATCH)
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -227,9 +228,10 @@ def test_needs_are_what_is_read(name: str) -> None:
     expected = objective.factorize(W, statistics, Options()).dense()
     alone = Statistics(**{need: getattr(statistics, need) for need in objective.needs})
     assert torch.equal(objective.factorize(W, alone, Options()).dense(), expected)
-    for need in objective.needs:
+    missing: dict[str, Any] = dict.fromkeys(objective.needs)
+    for need in missing:
         with pytest.raises(AssertionError):
-            objective.factorize(W, replace(alone, **{need: None}), Options())
+            objective.factorize(W, replace(alone, **{need: missing[need]}), Options())
     assert objective.needs_text == bool(objective.needs)
     assert objective.sequential == name.startswith("anchored")
 

@@ -27,11 +27,16 @@ from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import LowRankLinear, PivotedLinear
 
 BLOCKS, BLOCK_TOKENS = 24, 32
-SMALL: dict[str, Any] = {"calibration_blocks": BLOCKS, "block_tokens": BLOCK_TOKENS}
+SMALL: dict[str, Any] = {
+    "keep": 0.5,
+    "objective": "whiten",
+    "calibration_blocks": BLOCKS,
+    "block_tokens": BLOCK_TOKENS,
+}
 
 
 def settings_for(text: str | None, **given: Any) -> CompressSettings:
-    return CompressSettings(**({"keep": 0.5, "objective": "whiten", "text": text} | SMALL | given))
+    return CompressSettings(**(SMALL | {"text": text} | given))
 
 
 def texts_of(folder: Path, text: str) -> Texts:

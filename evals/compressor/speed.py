@@ -62,7 +62,9 @@ def main() -> None:
 def make_model(folder: Path, preset: str) -> Path:
     """A random model of a preset with a tokenizer: time does not depend on what the weights are."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer((d.text for d in load_corpus(max_bytes=MAX_BYTES).train), vocab_size=4096)
+    tokenizer = train_tokenizer(
+        (d.text for d in load_corpus(max_bytes=MAX_BYTES).train), vocab_size=4096, model_max_length=256
+    )
     AutoModelForCausalLM.from_config(model_config(preset, vocab_size=32_000, context=256)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

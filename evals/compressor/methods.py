@@ -88,7 +88,7 @@ def run_missing(models: Path, corpora: dict[str, str], groups: list[dict[str, An
             continue
         folder = models / group["optimizer"]
         texts = texts or _texts(folder, corpora)
-        known = calibrate(Checkpoint.open(folder), _settings(TRIALS["best"], 0.5, group["seed"]), curvature=True)
+        known = calibrate(Checkpoint.open(folder), method_settings(TRIALS["best"], 0.5, group["seed"]), curvature=True)
         dense = {"trial": {**group, "method": "dense", "keep": None}} | {"loss": _losses(folder, texts)}
         dense["trial"].pop("trials")
         for trial in missing:
@@ -108,12 +108,12 @@ def _store(*runs: dict[str, Any]) -> None:
         write_json(RESULTS, {"environment": environment(), "runs": done})
 
 
-def _settings(method: str, keep: float, seed: int) -> CompressSettings:
+def method_settings(method: str, keep: float, seed: int) -> CompressSettings:
     return CompressSettings(keep=keep, seed=seed, **TRIALS["text"], **TRIALS["methods"][method]["settings"])
 
 
 def _run(trial: dict[str, Any], folder: Path, known: Calibration, texts: dict[str, TokenBlocks]) -> dict[str, Any]:
-    settings = _settings(trial["method"], trial["keep"], trial["seed"])
+    settings = method_settings(trial["method"], trial["keep"], trial["seed"])
     # Every method pays for its own factorizations.
     fresh = replace(known, seconds=dict(known.seconds), nested={})
     with tempfile.TemporaryDirectory() as scratch:

@@ -319,7 +319,7 @@ def test_a_file_of_which_the_beginning_was_read(
         objective="whiten",
         text=str(text),
         block_tokens=32,
-        calibration_blocks=2,
+        calibration_blocks=3,
         check_blocks=1,
         max_bytes=max_bytes,
     )

@@ -2,7 +2,7 @@
 
     python evals/compressor/forecast.py MODELS
 
-The constants of `lowrank_kit/compression/forecast.py` are the medians and the spread that this prints.
+The constants of `lowrank_kit/compression/forecast.py` are what this prints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -36,14 +35,15 @@ def main() -> None:
     rows = [row for optimizer in TRIALS["optimizers"] for row in compared(models / optimizer, optimizer, runs)]
     for row in rows:
         print(json.dumps(row))
-    ratios = [row["one shot"] / row["tails"] for row in rows]
-    print("loss: outcome / sum of tails: median", median(ratios), "within a factor of", spread(ratios, median(ratios)))
-    left = [row["refined"] / row["one shot"] for row in rows]
-    print("e2e leaves: median", median(left), "from", min(left), "to", max(left))
-    power, constant = np.polyfit([math.log(row["cut"]) for row in rows], [math.log(row["whiten"]) for row in rows], 1)
-    fitted = [math.exp(constant) * row["cut"] ** power for row in rows]
-    outcomes = [row["whiten"] / forecast for row, forecast in zip(rows, fitted, strict=True)]
-    print("spectra: nats =", math.exp(constant), "x cut ^", power, "within a factor of", spread(outcomes, 1.0))
+    for evidence, outcome in (("tails", "one shot"), ("tails", "refined"), ("cut", "whiten"), ("cut", "refined")):
+        print(f"{outcome} = %.3g x {evidence} ^ %.3g, within a factor of %.2g" % law(rows, evidence, outcome))
+
+
+def law(rows: list[dict[str, float]], evidence: str, outcome: str) -> tuple[float, float, float]:
+    """Constant and power of a power law fitted to logarithms, and the largest factor that an outcome is off it."""
+    known, found = (np.log([row[name] for row in rows]) for name in (evidence, outcome))
+    power, constant = np.polyfit(known, found, 1)
+    return math.exp(constant), power, float(np.exp(np.abs(found - constant - power * known).max()))
 
 
 def compared(folder: Path, optimizer: str, runs: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -81,11 +81,6 @@ def cut_share(plan: Plan, evidence: dict[str, Evidence]) -> float:
         energy = values.double().square()
         shares.append(0.0 if m.rank is None else float(energy[m.rank :].sum() / energy.sum()))
     return sum(shares) / len(shares)
-
-
-def spread(values: list[float], middle: float) -> float:
-    """Largest factor between a value and the middle, either way."""
-    return max(max(value / middle, middle / value) for value in values)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression.calibration import default_block_tokens, foldable
-from lowrank_kit.compression.evidence import weight_evidence
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.settings import AUTO, CompressSettings
 from lowrank_kit.device import available_memory, product_flops
-from lowrank_kit.linalg.spectrum import effective_rank
 from lowrank_kit.report.tables import duration
 
 # Seconds that auto plans for where --time says nothing.
@@ -27,9 +25,8 @@ PASS_SHARE, DECOMPOSITION_SHARE, DECOMPOSITION_WORK = 0.5, 0.1, 25
 # activations, and Grams of outputs; four inputs of a block read in two models; a step, its backward pass and the dense
 # model's part.
 GRAMS, CURVATURE, TWO_STREAMS, BLOCK_STEP, E2E_STEP = 1.7, 3.7, 5.0, 3.5, 4.0
-# Mean of effective rank / smaller side below which ranks go with it: a NuMuon checkpoint with .58 gained by that, one
-# of Muon with .85 lost (evals/compressor). Spectra are read for it if they take no longer.
-LOW_EFFECTIVE_RANK, SPECTRA_SECONDS = 0.65, 60
+# Spectra of the weights are read for a forecast if that takes no longer.
+SPECTRA_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def choose(checkpoint: Checkpoint, settings: CompressSettings, device: torch.dev
         return Choice(settled, (), machine.stages(settled))
     allowed = settings.time or DEFAULT_SECONDS
     refused: list[str] = []
-    for candidate, gain in _candidates(settings, machine):
+    for candidate, gain in _candidates(settings):
         stages = machine.stages(candidate)
         seconds = sum(stage["seconds"] for stage in stages.values())
         if (needed := machine.memory(candidate)) > machine.memory_left:
@@ -100,17 +97,17 @@ def spectra_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
     return DECOMPOSITION_WORK * sides / (2 * DECOMPOSITION_SHARE * speed(device))
 
 
-def _candidates(settings: CompressSettings, machine: _Machine) -> Iterator[tuple[CompressSettings, str]]:
+def _candidates(settings: CompressSettings) -> Iterator[tuple[CompressSettings, str]]:
     """From the best to the quickest, by evals/compressor; what the settings say already stays."""
     by_loss = replace(settings, form=settings.form or AUTO, allocation=settings.allocation or "loss")
-    for epochs in (settings.e2e_epochs, max(1, settings.e2e_epochs // 2), 1):
+    for epochs in dict.fromkeys((settings.e2e_epochs, max(1, settings.e2e_epochs // 2), 1)):
         refined = replace(by_loss, refine=settings.refine or "e2e", e2e_epochs=epochs)
-        yield replace(refined, objective="two-sided"), "the least loss of all that was tried"
+        yield replace(refined, objective="anchored-two-sided"), "the least loss of all that was tried"
     if settings.refine is None:
         one_shot = replace(by_loss, refine="none")
         yield replace(one_shot, objective="anchored-two-sided"), "the least loss without training"
         yield replace(one_shot, objective="two-sided"), "the least loss without two streams"
-    quick = replace(by_loss, allocation=settings.allocation or machine.allocation, refine=settings.refine or "none")
+    quick = replace(by_loss, allocation=settings.allocation or "uniform", refine=settings.refine or "none")
     yield replace(quick, objective="whiten"), "no backward pass"
     yield replace(quick, objective="plain"), "no text at all"
 
@@ -126,23 +123,10 @@ class _Machine:
     """What a model costs on a device."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.checkpoint, self.device = checkpoint, device
+        self.device = device
         self.matrices = [stored.matrix for stored in foldable(checkpoint)]
         self.numbers = sum(torch.Size(h.shape).numel() for h in checkpoint.headers.values())
         self.in_matrices = sum(m.shape[0] * m.shape[1] for m in self.matrices)
-        self.config = checkpoint.config
-
-    @cached_property
-    def allocation(self) -> str:
-        """By effective rank where the model was trained for it, if to find out takes a moment; else uniform."""
-        if spectra_seconds(self.checkpoint, self.device) > SPECTRA_SECONDS:
-            return "uniform"
-        shares = [
-            effective_rank(one.singular_values) / len(one.singular_values)
-            for one in weight_evidence(self.checkpoint).values()
-            if one.singular_values is not None
-        ]
-        return "erank" if sum(shares) / len(shares) <= LOW_EFFECTIVE_RANK else "uniform"
 
     @cached_property
     def memory_left(self) -> int:

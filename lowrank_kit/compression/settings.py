@@ -79,10 +79,10 @@ class CompressSettings:
     text: str | None = None
     calibration_blocks: int = 128
     check_blocks: int = 16
-    refine_blocks: int = 256
-    block_epochs: int = 4
+    refine_blocks: int = 512
+    block_epochs: int = 2
     block_rate: float = 0.05
-    e2e_epochs: int = 4
+    e2e_epochs: int = 2
     e2e_rate: float = 0.01
     block_tokens: int | None = None
     batch_size: int = 8

@@ -13,7 +13,7 @@ from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression import auto
 from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.auto import choose
-from lowrank_kit.compression.forecast import LEFT_BY, LOSS_FACTOR, forecast
+from lowrank_kit.compression.forecast import LAWS, forecast
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import make_plan
 from lowrank_kit.compression.preview import preview
@@ -130,10 +130,16 @@ def test_forecast_is_the_tail_of_the_scores(checkpoint: Checkpoint) -> None:
     expected = sum(one[m.rank :].sum().item() for m, one in zip(plan.matrices, scores, strict=True) if m.rank)
     found = forecast(plan.matrices, evidence, "none")
     assert found is not None
-    assert found["nats"] == pytest.approx(LOSS_FACTOR * expected)
+    constant, power, factor = LAWS["curvature of the loss", False]
+    assert found == {
+        "nats": pytest.approx(constant * expected**power),
+        "factor": factor,
+        "from": "curvature of the loss",
+    }
     refined = forecast(plan.matrices, evidence, "e2e")
     assert refined is not None
-    assert refined["nats"] == pytest.approx(LEFT_BY["e2e"] * LOSS_FACTOR * expected)
+    constant, power, _ = LAWS["curvature of the loss", True]
+    assert refined["nats"] == pytest.approx(constant * expected**power)
     assert forecast(plan.matrices, None, "none") is None
     dense = make_plan(checkpoint, replace(asked, keep=1.0))
     nothing = forecast(dense.matrices, None, "none")

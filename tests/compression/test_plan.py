@@ -99,7 +99,7 @@ def amount_spent(plan: Plan, budget: str, scope: str) -> int:
     return sum(h.nbytes if budget == "size" else math.prod(h.shape) for h in headers)
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     family=st.sampled_from(FAMILIES),
     dtype=st.sampled_from(DTYPES),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from lowrank_kit.report.tables import markdown_table
 
 Run = dict[str, Any]
+TRIALS = json.loads((Path(__file__).parent / "trials.json").read_text())
+BEST, KEEPS = TRIALS["best"], TRIALS["keeps"]
 
 
 def tables(runs: list[Run]) -> str:
     """All of them, in Markdown."""
     corpora = list(runs[0]["loss"])
     parts = [f"## {corpus}\n\n{markdown_table(increase_rows(runs, corpus))}" for corpus in corpora]
+    parts.append(f"## Increase of the best over whiten's\n\n{markdown_table(share_rows(runs, corpora))}")
     return "\n\n".join([*parts, f"## Time\n\n{markdown_table(time_rows(runs))}"])
 
 
@@ -35,14 +40,27 @@ def increase(runs: Iterable[Run], optimizer: str, method: str, keep: float, corp
 def increase_rows(runs: list[Run], corpus: str) -> list[dict[str, Any]]:
     """One row per method and optimizer: mean increase at each keep, with the deviation over seeds."""
     methods = dict.fromkeys(r["trial"]["method"] for r in runs if r["trial"]["method"] != "dense")
-    keeps = sorted({r["trial"]["keep"] for r in runs if r["trial"]["keep"]}, reverse=True)
     optimizers = list(dict.fromkeys(r["trial"]["optimizer"] for r in runs))
     return [
         {"method": method, "checkpoint": optimizer}
-        | {f"keep {keep:g}": _cell(increase(runs, optimizer, method, keep, corpus)) for keep in keeps}
+        | {f"keep {keep:g}": _cell(increase(runs, optimizer, method, keep, corpus)) for keep in KEEPS}
         for method in methods
         for optimizer in optimizers
     ]
+
+
+def share_rows(runs: list[Run], corpora: list[str]) -> list[dict[str, Any]]:
+    """Mean increase of the best stack as a share of that of whiten."""
+    rows = []
+    for corpus in corpora:
+        for optimizer in dict.fromkeys(r["trial"]["optimizer"] for r in runs):
+            cells = {}
+            for keep in KEEPS:
+                best, whiten = (mean(increase(runs, optimizer, method, keep, corpus)) for method in (BEST, "whiten"))
+                # A share of an increase that is none says nothing.
+                cells[f"keep {keep:g}"] = f"{best / whiten:.2f}" if whiten > 0 else f"{best:+.4f} for {whiten:+.4f}"
+            rows.append({"corpus": corpus, "checkpoint": optimizer, **cells})
+    return rows
 
 
 def time_rows(runs: list[Run]) -> list[dict[str, Any]]:

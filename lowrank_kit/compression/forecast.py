@@ -9,7 +9,7 @@ import torch
 from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.plan import PlannedMatrix
 
-# Increase of the loss = constant x evidence^power, in nats per token, and the largest factor that an outcome was off it:
+# Increase of the loss = constant x evidence^power, in nats per token; and the largest factor that an outcome was off:
 # fitted to three checkpoints of 0.7M parameters at four budgets (evals/compressor/forecast.py), a guess elsewhere.
 # Tails of the curvature take the errors of matrices and tokens to be independent, and are too low for that.
 LAWS = {

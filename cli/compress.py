@@ -33,10 +33,20 @@ from .output import check_new_folder, emit
     "--allocation",
     metavar="NAME",
     default=None,
-    help="Order in which ranks are bought: uniform, erank, lagrange or loss.",
+    help="Order in which ranks are bought: uniform, erank, lagrange or loss.  [default: auto's, else uniform]",
 )
-@click.option("--form", metavar="NAME", default=None, help="Of storage: factors, pivoted, or auto for the better one.")
-@click.option("--refine", metavar="NAME", default=None, help="Train against the dense model: none, block, e2e or both.")
+@click.option(
+    "--form",
+    metavar="NAME",
+    default=None,
+    help="Of storage: factors, pivoted, auto for the better one.  [default: auto's, else factors]",
+)
+@click.option(
+    "--refine",
+    metavar="NAME",
+    default=None,
+    help="Train against the dense model: none, block, e2e, both.  [default: auto's, else none]",
+)
 @click.option("--time", type=DurationType(), default=None, help="What auto may plan for.  [default: 30m]")
 @click.option("--align", type=int, default=None, help="What ranks are multiples of.  [default: up to 16, by the shape]")
 @click.option(

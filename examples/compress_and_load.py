@@ -11,8 +11,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Importing lowrank_kit is what makes from_pretrained load the result.
-from lowrank_kit import compress
-from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit import CompressSettings, compress
 
 
 def main(model: str, output: str, keep: float = 0.5) -> str:

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 from lowrank_kit._registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from lowrank_kit.compression.calibration import calibrate as calibrate
     from lowrank_kit.compression.run import compress as compress
+    from lowrank_kit.compression.settings import CompressSettings as CompressSettings
     from lowrank_kit.layers.linear import LowRankLinear as LowRankLinear
+    from lowrank_kit.layers.pivoted import PivotedLinear as PivotedLinear
     from lowrank_kit.matrices import find_matrices as find_matrices
     from lowrank_kit.optim.numuon import NuMuon as NuMuon
     from lowrank_kit.optim.routing import parameter_groups as parameter_groups
@@ -24,14 +27,27 @@ __version__ = version("lowrank-kit")
 
 # Public name -> where it lives, imported on first use: this package must import in milliseconds.
 _PUBLIC = {
+    "CompressSettings": "lowrank_kit.compression.settings",
     "LowRankLinear": "lowrank_kit.layers.linear",
     "NuMuon": "lowrank_kit.optim.numuon",
+    "PivotedLinear": "lowrank_kit.layers.pivoted",
+    "calibrate": "lowrank_kit.compression.calibration",
     "compress": "lowrank_kit.compression.run",
     "find_matrices": "lowrank_kit.matrices",
     "parameter_groups": "lowrank_kit.optim.routing",
     "train": "lowrank_kit.training.run",
 }
-__all__ = ["LowRankLinear", "NuMuon", "compress", "find_matrices", "parameter_groups", "train"]
+__all__ = [
+    "CompressSettings",
+    "LowRankLinear",
+    "NuMuon",
+    "PivotedLinear",
+    "calibrate",
+    "compress",
+    "find_matrices",
+    "parameter_groups",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import tables
+from tables import picture, tables
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
@@ -34,7 +34,7 @@ from lowrank_kit.data.sources import read_source
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.quickstart import SIZES
 from lowrank_kit.report.environment import environment
-from lowrank_kit.report.files import write_json
+from lowrank_kit.report.files import write_json, write_png
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -55,7 +55,10 @@ def main() -> None:
         corpora = dict(pair.split("=", 1) for pair in arguments.corpus)
         torch.set_num_threads(1)
         run_missing(arguments.models, corpora, wanted()[place::of])
-    print(tables(json.loads(RESULTS.read_text())["runs"]))
+    else:
+        runs = json.loads(RESULTS.read_text())["runs"]
+        print(tables(runs))
+        write_png(HERE / "front.png", picture(runs))
 
 
 def wanted() -> list[dict[str, Any]]:

@@ -8,6 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from lowrank_kit.report.plots import pareto_plot
 from lowrank_kit.report.tables import markdown_table
 
 Run = dict[str, Any]
@@ -29,12 +32,7 @@ def increase(runs: Iterable[Run], optimizer: str, method: str, keep: float, corp
     dense = next(
         r["loss"][corpus] for r in runs if (r["trial"]["optimizer"], r["trial"]["method"]) == (optimizer, "dense")
     )
-    wanted = (optimizer, method, keep)
-    return [
-        run["loss"][corpus] - dense
-        for run in runs
-        if (run["trial"]["optimizer"], run["trial"]["method"], run["trial"]["keep"]) == wanted
-    ]
+    return [run["loss"][corpus] - dense for run in runs if _is(run, optimizer, method, keep)]
 
 
 def increase_rows(runs: list[Run], corpus: str) -> list[dict[str, Any]]:
@@ -73,6 +71,30 @@ def time_rows(runs: list[Run]) -> list[dict[str, Any]]:
                 {"method": method, **{stage: sorted(s[stage] for s in here)[len(here) // 2] for stage in here[0]}}
             )
     return rows
+
+
+def picture(runs: list[Run]) -> Figure:
+    """Held-out loss against the numbers of the matrices that are kept: whiten and the best stack."""
+    series = {}
+    for optimizer in TRIALS["optimizers"]:
+        for label, method in (("whiten", "whiten"), ("auto", BEST)):
+            points = []
+            for keep in KEEPS:
+                here = [r for r in runs if _is(r, optimizer, method, keep)]
+                loss = mean(r["loss"]["stdlib"] for r in here)
+                points.append((here[0]["numbers"] / 1e6, loss, f"{keep:g}"))
+            series[f"{optimizer}, {label}"] = points
+    return pareto_plot(
+        series,
+        x_label="numbers of the matrices kept (millions)",
+        y_label="held-out loss (nats per token)",
+        title="Loss against parameters kept, mean of three calibration seeds",
+    )
+
+
+def _is(run: Run, optimizer: str, method: str, keep: float) -> bool:
+    trial = run["trial"]
+    return (trial["optimizer"], trial["method"], trial["keep"]) == (optimizer, method, keep)
 
 
 def _cell(values: list[float]) -> str | None:

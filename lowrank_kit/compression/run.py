@@ -79,9 +79,6 @@ def compress(
     settings = choice.settings
     needed = evidence_needed(checkpoint, settings)
     _tell(choice)
-    if calibration is not None:
-        # What this compression takes is not the next one's.
-        calibration = replace(calibration, seconds=dict(calibration.seconds))
     with new_folder(output) as folder:
         for name, tensor in checkpoint.tensors():
             refuse_non_finite(checkpoint, name, tensor)

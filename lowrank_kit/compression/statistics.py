@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_kit.data.blocks import TokenBlocks
+from lowrank_kit.data.blocks import IGNORED, TokenBlocks
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
 from lowrank_kit.matrices import Matrix
@@ -126,8 +126,12 @@ def mean_loss(model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int = 
     total = 0.0
     with in_evaluation(model), torch.inference_mode():
         for ids in _batches(model, blocks, batch_size, "check"):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            logits_BTV = model(input_ids=ids, use_cache=False).logits
+            # The last token of a sequence predicts none; its label is left out, so that the logits are not copied.
+            labels_BT = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+            loss = nn.functional.cross_entropy(
+                logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
             total += loss.item()
     if not math.isfinite(total):
         raise LowRankError(

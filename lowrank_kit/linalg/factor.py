@@ -57,6 +57,8 @@ class Factors:
 def weighted_error(W_OI: Tensor, approximation_OI: Tensor, gram_II: Tensor | None = None) -> float:
     """|(W' - W) H^{1/2}|_F / |W H^{1/2}|_F: relative error of the outputs, or of the weights where H is None.
 
+    The difference is taken in the working dtype; its energy, of which some 6 digits are enough, in float32.
+
     Args:
         W_OI: [O, I], any float dtype.
         approximation_OI: W', [O, I], any float dtype.
@@ -68,15 +70,25 @@ def weighted_error(W_OI: Tensor, approximation_OI: Tensor, gram_II: Tensor | Non
     dtype = working_dtype(min(W_OI.shape), W_OI.device)
     W_OI = W_OI.to(dtype)
 
-    def energy(M_OI: Tensor) -> float:
-        weighted_OI = M_OI if gram_II is None else M_OI @ gram_II.to(dtype)
-        # Rounding may leave a sum of zeros just below zero.
-        return max((weighted_OI * M_OI).sum().item(), 0.0)
+    # Of size one: no square of a number in float32 is too large or too small.
+    scaled_II = None if gram_II is None else (gram_II / gram_II.abs().max().clamp(min=tiny(gram_II))).float()
 
-    error, total = energy(approximation_OI.to(dtype) - W_OI), energy(W_OI)
+    def energy(M_OI: Tensor, size: Tensor) -> float:
+        M_OI = (M_OI / size).float()
+        weighted_OI = M_OI if scaled_II is None else M_OI @ scaled_II
+        # Rounding may leave a sum of zeros just below zero.
+        return max((weighted_OI * M_OI).sum(dtype=torch.float64).item(), 0.0) * size.item() ** 2
+
+    difference_OI = approximation_OI.to(dtype) - W_OI
+    error, total = (energy(M, M.abs().max().clamp(min=tiny(M))) for M in (difference_OI, W_OI))
     if total == 0:
         return float("inf") if error > 0 else 0.0
     return (error / total) ** 0.5
+
+
+def tiny(tensor: Tensor) -> float:
+    """Smallest number of full precision in the dtype of a tensor."""
+    return torch.finfo(tensor.dtype).tiny
 
 
 def working_dtype(side: int, device: torch.device) -> torch.dtype:

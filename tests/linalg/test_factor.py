@@ -204,12 +204,15 @@ def test_contract(decompose: Callable[[Tensor], Factors], case: str, dtype: torc
 @pytest.mark.parametrize("tokens", [40, 4], ids=["full-rank Gram", "rank-deficient Gram"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weighted_error_is_that_of_the_outputs(shape: tuple[int, int], tokens: int) -> None:
-    W, other, X = torch.randn(shape), torch.randn(shape), activations(shape[1], tokens)
-    # In float64 whatever comes in: differences of float32 numbers would be off by 1e-8.
-    difference = other.double() - W.double()
-    on_outputs, on_weights = (difference @ X).norm() / (W.double() @ X).norm(), difference.norm() / W.double().norm()
-    assert weighted_error(W, other, X @ X.mT) == pytest.approx(on_outputs.item(), rel=1e-9)
-    assert weighted_error(W, other) == pytest.approx(on_weights.item(), rel=1e-9)
+    X = activations(shape[1], tokens)
+    # The difference is that of float64: in float32 one of 1e-9 would be none. Scales far off float32's are none, too.
+    for size, scale in ((1.0, 1.0), (1e-9, 1.0), (1.0, 1e-30), (1.0, 1e30)):
+        W = scale * torch.randn(shape, dtype=torch.float64)
+        difference = size * scale * torch.randn(shape, dtype=torch.float64)
+        other = W + difference
+        on_outputs, on_weights = ((other - W) @ X).norm() / (W @ X).norm(), (other - W).norm() / W.norm()
+        assert weighted_error(W, other, X @ X.mT) == pytest.approx(on_outputs.item(), rel=3e-6)
+        assert weighted_error(W, other) == pytest.approx(on_weights.item(), rel=3e-6)
     assert weighted_error(W, W, X @ X.mT) == weighted_error(W, W) == 0.0
 
 

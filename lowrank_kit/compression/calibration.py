@@ -66,10 +66,11 @@ class Calibration:
         if key not in self.nested:
             with self.timed("factorize"):
                 found = factorize(checkpoint, objective, options, self.statistics)
-                self.nested[key] = {}
+                made = {}
                 for name, factors, seconds in found:
-                    self.nested[key][name] = factors.float32()
+                    made[name] = factors.float32()
                     self.matrix_seconds[name] = self.matrix_seconds.get(name, 0.0) + seconds
+                self.nested[key] = made
         return self.nested[key]
 
     @contextmanager

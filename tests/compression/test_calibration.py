@@ -34,7 +34,7 @@ NUM_BLOCKS, BLOCK_TOKENS = 11, 32
 
 def settings_for(text: str, **given: Any) -> CompressSettings:
     settings: dict[str, Any] = {"keep": 0.5, "text": text, "objective": "whiten", "batch_size": 4}
-    settings |= {"check_blocks": 3, "refine_blocks": 5}
+    settings |= {"check_blocks": 3, "refine_blocks": 150}
     return CompressSettings(**settings | {"calibration_blocks": NUM_BLOCKS, "block_tokens": BLOCK_TOKENS} | given)
 
 

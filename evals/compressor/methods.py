@@ -3,6 +3,7 @@
     lowrank quickstart -o MODELS
     python evals/compressor/methods.py run MODELS --corpus wikitext=FILE --corpus books=FILE   # what is missing
     python evals/compressor/methods.py run MODELS ... --share 0/2                              # every second run
+    python evals/compressor/methods.py time MODELS                      # every method once more, text and all
     python evals/compressor/methods.py table                                                   # README's tables
 
 Calibration, refinement and check text are drawn, disjoint, from the part of the standard library that was trained on;
@@ -38,6 +39,7 @@ from lowrank_kit.report.files import write_json, write_png
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
+TIMES = HERE / "results-time.json"
 TRIALS = json.loads((HERE / "trials.json").read_text())
 SIZE = SIZES["small"]
 EVAL_BLOCKS = 256
@@ -45,7 +47,7 @@ EVAL_BLOCKS = 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["run", "table"])
+    parser.add_argument("stage", choices=["run", "time", "table"])
     parser.add_argument("models", type=Path, nargs="?", help="folder of a quickstart")
     parser.add_argument("--corpus", action="append", default=[], metavar="NAME=SOURCE", help="another text to score on")
     parser.add_argument("--share", default="0/1", help="i/n: take the runs whose number leaves i when divided by n")
@@ -55,9 +57,12 @@ def main() -> None:
         corpora = dict(pair.split("=", 1) for pair in arguments.corpus)
         torch.set_num_threads(1)
         run_missing(arguments.models, corpora, wanted()[place::of])
+    elif arguments.stage == "time":
+        torch.set_num_threads(1)
+        write_json(TIMES, {"environment": environment(), "runs": timed_methods(arguments.models / "numuon")})
     else:
         runs = json.loads(RESULTS.read_text())["runs"]
-        print(tables(runs))
+        print(tables(runs, json.loads(TIMES.read_text())["runs"]))
         write_png(HERE / "front.png", picture(runs))
 
 
@@ -135,6 +140,19 @@ def _run(trial: dict[str, Any], folder: Path, known: Calibration, texts: dict[st
         "seconds": {**report["seconds"], "without calibration": round(seconds, 1)},
     }
     print(json.dumps({**trial, **loss}), flush=True)
+    return found
+
+
+def timed_methods(folder: Path) -> list[dict[str, Any]]:
+    """Seconds of each method at keep .4, text and all."""
+    found = []
+    for method in TRIALS["methods"]:
+        with tempfile.TemporaryDirectory() as scratch:
+            started = time.perf_counter()
+            report = compress(folder, Path(scratch) / "out", method_settings(method, 0.4, 0))
+            seconds = round(time.perf_counter() - started, 1)
+        found.append({"method": method, "seconds": seconds, "stages": report["seconds"]})
+        print(json.dumps(found[-1]), flush=True)
     return found
 
 

@@ -18,12 +18,16 @@ TRIALS = json.loads((Path(__file__).parent / "trials.json").read_text())
 BEST, KEEPS = TRIALS["best"], TRIALS["keeps"]
 
 
-def tables(runs: list[Run]) -> str:
+def tables(runs: list[Run], times: list[dict[str, Any]]) -> str:
     """All of them, in Markdown."""
     corpora = list(runs[0]["loss"])
-    parts = [f"## {corpus}\n\n{markdown_table(increase_rows(runs, corpus))}" for corpus in corpora]
+    several = [run for run in runs if "seeds" not in TRIALS["methods"].get(run["trial"]["method"], {})]
+    parts = [
+        f"## {corpus}\n\n{markdown_table(increase_rows(runs if corpus == corpora[0] else several, corpus))}"
+        for corpus in corpora
+    ]
     parts.append(f"## Increase of the best over whiten's\n\n{markdown_table(share_rows(runs, corpora))}")
-    return "\n\n".join([*parts, f"## Time\n\n{markdown_table(time_rows(runs))}"])
+    return "\n\n".join([*parts, f"## Time\n\n{markdown_table(time_rows(times))}"])
 
 
 def increase(runs: Iterable[Run], optimizer: str, method: str, keep: float, corpus: str) -> list[float]:
@@ -37,8 +41,9 @@ def increase(runs: Iterable[Run], optimizer: str, method: str, keep: float, corp
 
 def increase_rows(runs: list[Run], corpus: str) -> list[dict[str, Any]]:
     """One row per method and optimizer: mean increase at each keep, with the deviation over seeds."""
-    methods = dict.fromkeys(r["trial"]["method"] for r in runs if r["trial"]["method"] != "dense")
-    optimizers = list(dict.fromkeys(r["trial"]["optimizer"] for r in runs))
+    done = {r["trial"]["method"] for r in runs}
+    methods = [method for method in TRIALS["methods"] if method in done]
+    optimizers = TRIALS["optimizers"]
     return [
         {"method": method, "checkpoint": optimizer}
         | {f"keep {keep:g}": _cell(increase(runs, optimizer, method, keep, corpus)) for keep in KEEPS}
@@ -51,7 +56,7 @@ def share_rows(runs: list[Run], corpora: list[str]) -> list[dict[str, Any]]:
     """Mean increase of the best stack as a share of that of whiten."""
     rows = []
     for corpus in corpora:
-        for optimizer in dict.fromkeys(r["trial"]["optimizer"] for r in runs):
+        for optimizer in TRIALS["optimizers"]:
             cells = {}
             for keep in KEEPS:
                 best, whiten = (mean(increase(runs, optimizer, method, keep, corpus)) for method in (BEST, "whiten"))
@@ -61,16 +66,13 @@ def share_rows(runs: list[Run], corpora: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def time_rows(runs: list[Run]) -> list[dict[str, Any]]:
-    """Median seconds of each stage by method, at keep .4."""
-    rows = []
-    for method in dict.fromkeys(r["trial"]["method"] for r in runs if r["trial"]["method"] != "dense"):
-        here = [r["seconds"] for r in runs if r["trial"]["method"] == method and r["trial"]["keep"] == 0.4]
-        if here:
-            rows.append(
-                {"method": method, **{stage: sorted(s[stage] for s in here)[len(here) // 2] for stage in here[0]}}
-            )
-    return rows
+def time_rows(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Seconds by stage of each method, and all together."""
+    stages = list(dict.fromkeys(stage for one in times for stage in one["stages"]))
+    return [
+        {"method": one["method"], **{stage: one["stages"].get(stage) for stage in stages}, "all": one["seconds"]}
+        for one in times
+    ]
 
 
 def picture(runs: list[Run]) -> Figure:
@@ -88,7 +90,7 @@ def picture(runs: list[Run]) -> Figure:
         series,
         x_label="numbers of the matrices kept (millions)",
         y_label="held-out loss (nats per token)",
-        title="Loss against parameters kept, mean of three calibration seeds",
+        title="Loss against parameters kept",
     )
 
 

@@ -115,7 +115,7 @@ def _candidates(settings: CompressSettings) -> Iterator[tuple[CompressSettings, 
 def _words(settings: CompressSettings) -> str:
     refine = "" if settings.refine == "none" else f", refined {settings.refine}"
     if settings.refine in ("e2e", "both"):
-        refine += f" in {settings.e2e_epochs} epochs"
+        refine += f" in {settings.e2e_epochs} epoch" + "s" * (settings.e2e_epochs > 1)
     return f"{settings.objective} by {settings.allocation}, form {settings.form}{refine}"
 
 

@@ -62,7 +62,7 @@ def test_auto_chooses_says_why_and_tells_what_it_cost(
     report = json.loads((tmp_path / "out" / "compression.json").read_text())
     chosen = report["settings"]
     assert "auto" not in (chosen["objective"], chosen["allocation"], chosen["refine"])
-    assert (chosen["refine"], chosen["time"]) == ("e2e", 5400)
+    assert (chosen["refine"], chosen["time"]) == ("both", 5400)
     assert report["choice"]["reasons"][0] in told.out
     assert "forecast: +" in told.err
     increase = report["check"]["loss_compressed"] - report["check"]["loss_dense"]

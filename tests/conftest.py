@@ -6,7 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,18 @@ import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from lowrank_kit.data.tokenizer import train_tokenizer  # noqa: E402
+from tests.process import same_process  # noqa: E402
 
 # Two OpenMP threads on a busy two-core machine spend their time in barriers.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def same_process_after() -> Iterator[None]:
+    """What a test of the command line changes in the process is put back."""
+    with same_process():
+        yield
+
 
 PROSE = """\
 The river ran past the mill before the sun was over the hill. Nobody had opened the gate, and the wheel stood still.

@@ -14,6 +14,7 @@ from lowrank_kit import quickstart as module
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.errors import UsageError
 from lowrank_kit.quickstart import KEEPS, OPTIMIZERS, SIZES, quickstart
+from tests.process import same_process
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_steps")
 def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "quickstart"
-    assert run(["quickstart", "--size", "tiny", "-o", str(output), "--json", "-q"]) == 0
+    with same_process():
+        assert run(["quickstart", "--size", "tiny", "-o", str(output), "--json", "-q"]) == 0
     printed = json.loads(capsys.readouterr().out)
     document = json.loads((output / "results.json").read_text())
     assert printed == document
@@ -64,6 +66,7 @@ def test_an_unknown_size(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    assert run(["quickstart", "-o", str(tmp_path)]) == 2
+    with same_process():
+        assert run(["quickstart", "-o", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

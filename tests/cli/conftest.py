@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import click
 import pytest
 
 from cli.main import VERBS, Verb
-from cli.output import CHATTY
 
 
 @pytest.fixture(autouse=True)
-def _same_process_after() -> Iterator[None]:
-    """`setup_logging` changes the environment, the loggers and the warnings hook; put them back."""
-    environment, show = dict(os.environ), warnings.showwarning
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    levels = {name: logging.getLogger(name).level for name in (*CHATTY, "lowrank_kit")}
-    yield
-    logging.captureWarnings(False)
-    warnings.showwarning = show
-    root.setLevel(level)
-    root.handlers[:] = handlers
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
-    os.environ.clear()
-    os.environ.update(environment)
+def _same_process_after(same_process_after: None) -> None:
+    """After every test of the command line."""
 
 
 @pytest.fixture

@@ -162,7 +162,12 @@ def test_debug_variable(
 
 def test_interrupted(fake_verb: Install, capsys: pytest.CaptureFixture[str]) -> None:
     fake_verb(lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert run(["fake"]) == 130
+    # A shell starts jobs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(["fake"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\ninterrupted\n"  # the first newline ends the terminal's ^C
 
 

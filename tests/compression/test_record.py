@@ -69,7 +69,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_command_does_the_same_again(way: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_command_does_the_same_again(
+    way: str, made: Callable[[str], Path], tmp_path: Path, same_process_after: None
+) -> None:
     words = shlex.split(report_of(made(way))["command"])
     assert words[:2] == ["lowrank", "compress"]
     assert words[-2:] == ["-o", "OUTPUT"]

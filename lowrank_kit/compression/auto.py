@@ -102,7 +102,7 @@ def _candidates(settings: CompressSettings) -> Iterator[tuple[CompressSettings, 
     by_loss = replace(settings, form=settings.form or AUTO, allocation=settings.allocation or "loss")
     if settings.refine is None:
         both = replace(by_loss, refine="both", block_epochs=1)
-        yield replace(both, objective="two-sided"), "the least loss of all in evals/compressor"
+        yield replace(both, objective="two-sided"), "the least loss of two checkpoints in three, in evals/compressor"
     for epochs in dict.fromkeys((settings.e2e_epochs, max(1, settings.e2e_epochs // 2), 1)):
         refined = replace(by_loss, refine=settings.refine or "e2e", e2e_epochs=epochs)
         yield replace(refined, objective="anchored-two-sided"), "the least loss with one training"

@@ -38,10 +38,8 @@ from tests.families import FAMILIES, build, token_ids
 KEEP = 0.6
 Layer = LowRankLinear | PivotedLinear
 both_forms = pytest.mark.parametrize("form", LAYERS)
-# Most of these are experts, which stay dense.
-KEEP_OF_EXPERTS = dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), 0.94)
-# float32 logits of size 4 after two blocks: W x and B (A x) differ by some hundred roundings of 2^-24 each. Another
-# rank, or a factor in the wrong place, moves them by 0.1 and more.
+KEEP_OF_EXPERTS = dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), 0.94)  # which stay dense, and are most of these
+# float32 logits of size 4: W x and B (A x) differ by some hundred roundings of 2^-24; a wrong factor moves them by 0.1.
 LOGITS_ATOL = 3e-5
 # Small enough that every family is spread over several files.
 SHARD_BYTES = 20_000

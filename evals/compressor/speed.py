@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
-from lowrank_kit.compression.calibration import calibrate, foldable
+from lowrank_kit.compression.calibration import calibrate
+from lowrank_kit.compression.evidence import foldable
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.data.corpus import load_corpus

@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
-from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.compression.allocation import Evidence
+from lowrank_kit.compression.evidence import foldable, refuse_non_finite
 from lowrank_kit.compression.objectives import OBJECTIVES, Options, Statistics
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import input_grams, input_grams_and_loss, output_grams
 from lowrank_kit.compression.texts import Texts, draw_texts
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.device import resolve_device, resolve_dtype
-from lowrank_kit.errors import LowRankError, UsageError
+from lowrank_kit.errors import UsageError
 from lowrank_kit.linalg.factor import Factors, tail_scores
 from lowrank_kit.matrices import Matrix
 
@@ -134,11 +134,6 @@ def default_block_tokens(checkpoint: Checkpoint) -> int:
     return min(BLOCK_TOKENS, context or BLOCK_TOKENS)
 
 
-def foldable(checkpoint: Checkpoint) -> list[StoredMatrix]:
-    """The matrices that can be factorized: all but fused experts."""
-    return [stored for stored in checkpoint.matrices() if stored.matrix.expert is None]
-
-
 def factorize(
     checkpoint: Checkpoint, objective: str, options: Options, statistics: dict[str, Statistics]
 ) -> Iterator[tuple[str, Factors, float]]:
@@ -162,20 +157,6 @@ def factorize(
         yield matrix.name, factors, time.perf_counter() - started
 
 
-def refuse_non_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
-    """Refuse a tensor with a number that is none.
-
-    Raises:
-        LowRankError: NaN or Inf, with how many.
-    """
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        count = int((~tensor.isfinite()).sum())
-        raise LowRankError(
-            f"{checkpoint.path}: NaN or Inf in {name}: {count:,} of {tensor.numel():,} numbers",
-            hint="train or download the model again; nothing was written",
-        )
-
-
 def inputs_evidence(calibration: Calibration, checkpoint: Checkpoint) -> dict[str, Evidence]:
     """Singular values of W H^{1/2} of every matrix."""
     whitened = calibration.factors(checkpoint, "whiten", Options())
@@ -188,7 +169,7 @@ def loss_evidence(
     """What each direction is worth to the loss, to second order: 1/2 tr(G dW H dW^T) / tokens^2, in nats per token.
 
     Errors of different matrices and tokens are taken to be independent; they are not, so that the sum over a model is
-    too low by a factor (`forecast.py`), which is much the same for all its matrices.
+    too low (`forecast.py`).
 
     Raises:
         UsageError: a calibration without gradients.

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_kit.checkpoint.loading import load_model
-from lowrank_kit.compression.calibration import Calibration, dense_objective, factorize, refuse_non_finite
+from lowrank_kit.compression.calibration import Calibration, dense_objective, factorize
 from lowrank_kit.compression.chain import Chain, block_paths, read_input
+from lowrank_kit.compression.evidence import refuse_non_finite
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.piece import TORCH_DTYPES, Piece, cut
 from lowrank_kit.compression.plan import Plan, PlannedMatrix

@@ -22,9 +22,8 @@ from lowrank_kit.compression.calibration import (
     calibrate,
     inputs_evidence,
     loss_evidence,
-    refuse_non_finite,
 )
-from lowrank_kit.compression.evidence import weight_evidence
+from lowrank_kit.compression.evidence import refuse_non_finite, weight_evidence
 from lowrank_kit.compression.fold import Folded, fold
 from lowrank_kit.compression.forecast import forecast
 from lowrank_kit.compression.objectives import OBJECTIVES

@@ -109,16 +109,10 @@ class CompressSettings:
                 default = getattr(type(self), name) or {"block_tokens": 256}.get(name, 16)
                 hint = f"--{name.replace('_', '-')} {default}"
                 raise UsageError(f"{name} must be at least {smallest}, got {value}", hint=hint)
-
         if not 0 <= self.blend <= 1:
             raise UsageError(f"blend must be in [0, 1], got {self.blend:g}", hint="--blend 1")
         if self.time is not None and not self.time > 0:
             raise UsageError(f"time must be above 0 seconds, got {self.time:g}", hint="--time 10m")
-
-    @property
-    def resolved(self) -> bool:
-        """Whether everything is said that "auto" and None leave open."""
-        return self.objective != AUTO and None not in (self.allocation, self.form, self.refine)
 
     def with_defaults(self) -> CompressSettings:
         """What is None, beside an objective that is given, is what the objective is published with."""

@@ -9,7 +9,8 @@ import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
-from lowrank_kit.compression.calibration import Calibration, foldable
+from lowrank_kit.compression.calibration import Calibration
+from lowrank_kit.compression.evidence import foldable
 from lowrank_kit.compression.fold import Folded, fold
 from lowrank_kit.compression.objectives import Statistics
 from lowrank_kit.compression.plan import Plan, make_plan

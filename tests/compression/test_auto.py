@@ -40,7 +40,8 @@ def test_nothing_is_left_open(checkpoint: Checkpoint, monkeypatch: pytest.Monkey
     machine(monkeypatch)
     for given in ({}, {"objective": "whiten"}, {"refine": "none"}, {"time": 1e-9}):
         chosen = choose(checkpoint, settings(**given), CPU).settings
-        assert chosen.resolved
+        assert chosen.objective != "auto"
+        assert None not in (chosen.allocation, chosen.form, chosen.refine)
         assert chosen.block_tokens == min(256, checkpoint.config["max_position_embeddings"])
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.checkpoint.folder import Checkpoint
@@ -31,6 +34,19 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
             hint="config.json and the safetensors files seem to belong to different models",
         )
     return model.to(device)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own training flag is put back at the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Not module.train(), which would set the children too.
+        for module in training:
+            module.training = True
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from lowrank_kit.compression.statistics import in_evaluation
+from lowrank_kit.checkpoint.loading import in_evaluation
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.matrices import Matrix, block_path
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_kit.checkpoint.loading import in_evaluation
 from lowrank_kit.compression.chain import Chain
-from lowrank_kit.compression.statistics import in_evaluation
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers import LOW_RANK_LAYERS
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_kit.checkpoint.loading import in_evaluation
 from lowrank_kit.data.blocks import IGNORED, TokenBlocks
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
@@ -153,19 +154,6 @@ def reading(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> 
             stack.callback(handle.remove)
         stack.enter_context(in_evaluation(model))
         yield
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own training flag is put back at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        # Not module.train(), which would set the children too.
-        for module in training:
-            module.training = True
 
 
 def adder(grams: dict[str, Tensor], key: str, what: str) -> Callable[[Tensor], None]:

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_kit.checkpoint.loading import in_evaluation
+
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no autograd inside; every module's own training flag is put back at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        # Not module.train(), which would set the children too.
-        for module in training:
-            module.training = True
+    with in_evaluation(model), torch.inference_mode():
+        yield
 
 
 def model_name(model: PreTrainedModel) -> str:

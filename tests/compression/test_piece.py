@@ -26,20 +26,6 @@ from tests.families import build, token_ids
 both_forms = pytest.mark.parametrize("form", FORMS)
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`dense(family, dtype)`: a folder, made once."""
-    root = tmp_path_factory.mktemp("dense")
-
-    def folder(family: str, dtype: torch.dtype = torch.float32) -> Path:
-        path = root / f"{family}-{dtype}"
-        if not path.exists():
-            build(family).to(dtype).save_pretrained(path)
-        return path
-
-    return folder
-
-
 def cut_all(folder: Path, form: str, **given: object) -> dict[str, Piece]:
     plan = make_plan(Checkpoint.open(folder), settings_of(objective="plain", form=form, **given))
     tensors = dict(plan.checkpoint.tensors())

@@ -31,20 +31,6 @@ FAMILIES = ["llama", "gpt2", "gemma", "mixtral", "opt"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Path]:
-    """`dense(family, dtype)`: a folder, made once."""
-    root = tmp_path_factory.mktemp("dense")
-
-    def folder(family: str, dtype: torch.dtype = torch.float32) -> Path:
-        path = root / f"{family}-{str(dtype).removeprefix('torch.')}"
-        if not path.exists():
-            build(family).to(dtype).save_pretrained(path)
-        return path
-
-    return folder
-
-
 def plan_of(folder: Path, **given: object) -> Plan:
     return make_plan(Checkpoint.open(folder), CompressSettings(**({"objective": "plain"} | given)))  # type: ignore[arg-type]
 

@@ -6,10 +6,9 @@ Shape legend: N sequences, B of a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lowrank_kit.checkpoint.loading import in_evaluation
+from lowrank_kit.checkpoint.partial import PartialModel
+from lowrank_kit.compression.streams import Stream
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.matrices import Matrix, block_path
 
@@ -46,99 +47,170 @@ class Chain:
     """The blocks of a model, and what each is called with besides the hidden states.
 
     Attention masks and positions are those the model itself made for sequences of this length without padding: they
-    are the same for every batch of a size, which is checked.
+    are the same for every batch of a size, which is checked. No block is run to see them, so that blocks may be empty.
 
     Args:
-        model: its blocks may be exchanged or changed in between.
+        model: its blocks are never changed.
         paths: of its blocks, in order.
         sample: int [B or more, T], any text, to see the calls with.
+        parts: fills what of the model is needed outside of the blocks; None for a model that is whole.
 
     Raises:
-        LowRankError: the model does not run these blocks once each in this order, does not hand the output of each to
+        NoChainError: the model does not run these blocks once each in this order, does not hand the output of each to
             the next one as it is, or hands them more of the text.
     """
 
-    def __init__(self, model: PreTrainedModel, paths: Iterable[str], sample: Tensor, *, batch_size: int) -> None:
-        self.model, self.paths = model, list(paths)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        paths: Iterable[str],
+        sample: Tensor,
+        *,
+        batch_size: int,
+        parts: PartialModel | None = None,
+    ) -> None:
+        self.model, self.paths, self.parts = model, list(paths), parts
         self.batch_size = min(batch_size, len(sample))
         self._sample = sample[: self.batch_size]
-        self._calls = {self.batch_size: self._see_calls(self._sample)}
-        for path, call, other in zip(
-            self.paths, self._calls[self.batch_size], self._see_calls(self._sample.flip(1)), strict=True
-        ):
-            if not call.same_as(other):
-                self._refuse(f"calls {path} with more of the text than the hidden states")
+        with self.outside():
+            self._answer, calls = self._find_answer()
+            self._calls = {self.batch_size: calls}
+            for path, call, other in zip(
+                self.paths, calls, self._see_calls(self._sample.flip(1), self._answer), strict=True
+            ):
+                if not call.same_as(other):
+                    self._refuse(f"calls {path} with more of the text than the hidden states")
 
-    def enter(self, ids: Tensor) -> Tensor:
-        """What the first block reads, [N, T, D] on the CPU, for int [N, T]."""
-        first = self.model.get_submodule(self.paths[0])
-        entered: list[Tensor] = []
+    def outside(self) -> AbstractContextManager[None]:
+        """Inside, all weights outside of the blocks are there."""
+        if self.parts is None:
+            return contextlib.nullcontext()
+        return self.parts.filled(self.parts.outside(self.paths))
+
+    def inside(self, index: int) -> AbstractContextManager[None]:
+        """Inside, the weights of a block are there."""
+        return contextlib.nullcontext() if self.parts is None else self.parts.filled(self.parts.below(self.paths[index]))
+
+    def block(self, index: int) -> nn.Module:
+        """The model's own."""
+        return self.model.get_submodule(self.paths[index])
+
+    def enter(self, ids: Tensor) -> Iterator[Tensor]:
+        """What the first block reads, [B, T, D] on the CPU, for int [N, T]; what is outside has to be there."""
+        first = self.block(0)
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered.append(_Call.of(args, kwargs)[0].cpu())
             raise _Stop
 
-        handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            for batch in ids.split(self.batch_size):
-                with contextlib.suppress(_Stop):
+        for batch in ids.split(self.batch_size):
+            entered: list[Tensor] = []
+            handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                with contextlib.suppress(_Stop), torch.no_grad():
                     self._forward(batch)
-        finally:
-            handle.remove()
-        return torch.cat(entered)
+            finally:
+                handle.remove()
+            yield entered[0]
+
+    def leave(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] for what the last block gave; what is outside has to be there."""
+        hidden_BTD = hidden_BTD.to(self.model.device)
+        with self._standing_in(lambda path, args, kwargs: self._answer(hidden_BTD)), in_evaluation(self.model):
+            logits: Tensor = self.model(input_ids=self._ids(ids_BT), use_cache=False).logits
+        return logits
 
     def run(self, index: int, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """Output of a block, or of another in its place, for [B, T, D] on any device; on the model's."""
         self.know(len(hidden_BTD))
         call = self._calls[len(hidden_BTD)][index]
-        return _hidden(block(hidden_BTD.to(self.model.device), *call.args, **call.kwargs))
+        return _hidden(block(hidden_BTD.to(self.device), *call.args, **call.kwargs))
 
-    def run_all(self, index: int, block: nn.Module, hidden_NTD: Tensor) -> Tensor:
-        """Output of a block for all sequences, without autograd; where the input is."""
-        with torch.no_grad(), in_evaluation(block):
-            parts = [self.run(index, block, part).to(part.device) for part in hidden_NTD.split(self.batch_size)]
-        return torch.cat(parts)
+    def run_all(self, index: int, block: nn.Module, stream: Stream) -> Stream:
+        """What a block makes of all sequences, without autograd; the stream is used up."""
+
+        def run(hidden_BTD: Tensor) -> Tensor:
+            with torch.no_grad(), in_evaluation(block):
+                return self.run(index, block, hidden_BTD).cpu()
+
+        return stream.advance(run, self.batch_size, index + 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self.model.device if self.parts is None else self.parts.device
 
     def know(self, size: int) -> None:
         """See what the blocks are called with for so many sequences, unless it is known."""
         if size not in self._calls:
-            self._calls[size] = self._see_calls(self._sample[:size])
+            with self.outside():
+                self._calls[size] = self._see_calls(self._sample[:size], self._answer)
 
-    def _see_calls(self, ids_BT: Tensor) -> list[_Call]:
-        """Run a batch through the dense or compressed model, and note what each block is called with."""
+    def _find_answer(self) -> tuple[_Answer, list[_Call]]:
+        """How blocks give their output, and what they are called with."""
+        refused: list[NoChainError] = []
+        for answer in _ANSWERS:
+            try:
+                return answer, self._see_calls(self._sample, answer)
+            except NoChainError as error:
+                refused.append(error)
+        raise refused[0]
+
+    def _see_calls(self, ids_BT: Tensor, answer: _Answer) -> list[_Call]:
+        """Run a batch through the model, blocks apart, and note what each block is called with."""
         order: list[str] = []
-        seen: list[tuple[Tensor, _Call]] = []
-        outputs: list[Tensor] = []
+        calls: list[_Call] = []
+        given: Tensor | None = None
 
-        def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> None:
+        def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal given
+            hidden, call = _Call.of(args, kwargs)
+            if given is not None and not (isinstance(hidden, Tensor) and torch.equal(hidden, given)):
+                self._refuse(f"changes the hidden states before {path}")
             order.append(path)
-            seen.append(_Call.of(args, kwargs))
+            calls.append(call)
+            # Other numbers, so that a block that is handed an earlier one's output is seen.
+            given = hidden.flip(0, 1) + 1
+            return answer(given)
 
-        def leaves(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            outputs.append(_hidden(output))
+        try:
+            with self._standing_in(note), torch.no_grad():
+                self._forward(ids_BT)
+        # What a model does with an output that it does not expect is its own affair.
+        except Exception as error:
+            if isinstance(error, NoChainError):
+                raise
+            self._refuse(f"stops when its blocks are run apart ({type(error).__name__}: {error})")
+        if order != self.paths:
+            self._refuse(f"runs {', '.join(order)}, not {', '.join(self.paths)}")
+        return calls
 
+    @contextmanager
+    def _standing_in(self, answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+        """Inside, no block runs: what it is called with goes to `answer`, and what that gives is its output."""
         with ExitStack() as stack:
             for path in self.paths:
                 block = self.model.get_submodule(path)
-                stack.callback(block.register_forward_pre_hook(partial(enters, path=path), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(leaves).remove)
-            self._forward(ids_BT)
-        if order != self.paths:
-            self._refuse(f"runs {', '.join(order)}, not {', '.join(self.paths)}")
-        for path, (hidden, _), output in zip(self.paths[1:], seen[1:], outputs, strict=False):
-            if not torch.equal(hidden, output):
-                self._refuse(f"changes the hidden states before {path}")
-        return [call for _, call in seen]
+                block.forward = lambda *args, path=path, **kwargs: answer(path, args, kwargs)
+                stack.callback(delattr, block, "forward")
+            yield
 
     def _refuse(self, why: str) -> NoReturn:
-        raise LowRankError(
+        raise NoChainError(
             f"{type(self.model).__name__} {why}: its blocks are no chain",
             hint="--objective whiten with --refine none or e2e, which need none",
         )
 
     def _forward(self, ids_BT: Tensor) -> None:
-        with torch.no_grad(), in_evaluation(self.model):
-            self.model.base_model(input_ids=ids_BT.to(self.model.device, torch.int64), use_cache=False)
+        with in_evaluation(self.model):
+            self.model.base_model(input_ids=self._ids(ids_BT), use_cache=False)
+
+    def _ids(self, ids_BT: Tensor) -> Tensor:
+        return ids_BT.to(self.device, torch.int64)
+
+
+class NoChainError(LowRankError):
+    """A model whose blocks cannot be run one by one."""
 
 
 def block_paths(matrices: Iterable[Matrix]) -> list[str]:
@@ -147,17 +219,17 @@ def block_paths(matrices: Iterable[Matrix]) -> list[str]:
     return [paths[index] for index in sorted(paths)]
 
 
-def read_input(chain: Chain, index: int, block: nn.Module, path: str, hidden_NTD: Tensor) -> Iterator[Tensor]:
+def read_input(chain: Chain, index: int, block: nn.Module, path: str, stream: Stream) -> Iterator[Tensor]:
     """What a module of a block reads, batch by batch; the block is run no further than to it.
 
     Args:
-        index, block, hidden_NTD: as in `Chain.run_all`.
+        index, block, stream: as in `Chain.run_all`; the stream stays as it is.
         path: of the module in the block.
 
     Raises:
         LowRankError: the module is not reached.
     """
-    for batch in hidden_NTD.split(chain.batch_size):
+    for _, batch in stream.batches(chain.batch_size):
         read: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Tensor, ...], read: list[Tensor] = read) -> None:
@@ -182,3 +254,8 @@ class _Stop(Exception):
 
 def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+_Answer = Callable[[Tensor], Any]
+# How blocks give the hidden states: as they are, or first of several.
+_ANSWERS: tuple[_Answer, ...] = (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -51,7 +51,17 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """For compression.json and the plan."""
-        return {"reasons": list(self.reasons), "stages": self.stages, "seconds": self.seconds}
+        return {
+            "settings": asdict(self.settings),
+            "reasons": list(self.reasons),
+            "stages": self.stages,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Choice:
+        """The choice of a record."""
+        return cls(CompressSettings(**record["settings"]), tuple(record["reasons"]), record["stages"])
 
 
 def choose(checkpoint: Checkpoint, settings: CompressSettings, device: torch.device) -> Choice:

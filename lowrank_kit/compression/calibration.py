@@ -64,7 +64,7 @@ class Calibration:
         """
         key = (objective, options)
         if key not in self.nested:
-            with self.timed("factorize"):
+            with timed(self.seconds, "factorize"):
                 found = factorize(checkpoint, objective, options, self.statistics)
                 made = {}
                 for name, factors, seconds in found:
@@ -73,27 +73,22 @@ class Calibration:
                 self.nested[key] = made
         return self.nested[key]
 
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add the time of what is inside to `seconds`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[what] = round(self.seconds.get(what, 0.0) + time.perf_counter() - started, 3)
-
 
 def calibrate(
     checkpoint: Checkpoint,
     settings: CompressSettings,
     *,
+    texts: Texts | None = None,
     curvature: bool | None = None,
     device: str = "auto",
     dtype: str = "float32",
 ) -> Calibration:
-    """Run the calibration text through the dense model.
+    """Run the calibration text through the dense model, which is in memory as a whole.
 
     Args:
         checkpoint: of the dense model.
         settings: the text, how much of it, and the seed; the budget does not matter.
+        texts: what `draw` gave for them, if that is done.
         curvature: whether the gradients of the outputs are wanted too; None: as the settings need.
         device: where to run.
         dtype: number format of the run.
@@ -103,12 +98,9 @@ def calibrate(
         LowRankError: NaN or Inf in an activation or a gradient.
     """
     started = time.perf_counter()
-    texts = _texts(checkpoint, settings)
+    texts = texts or draw(checkpoint, settings)
     model = load_model(checkpoint, device=resolve_device(device), dtype=resolve_dtype(dtype))
-    for blocks in texts.sets.values():
-        check_blocks(model, blocks)
     matrices = [stored.matrix for stored in foldable(checkpoint)]
-    _refuse_few_tokens(matrices, texts.calibration, settings)
     seconds = {"text": round(time.perf_counter() - started, 3)}
     started = time.perf_counter()
     grams = input_grams(model, matrices, texts.calibration, batch_size=settings.batch_size)
@@ -126,6 +118,14 @@ def calibrate(
         m.name: Statistics(tokens=tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name)) for m in matrices
     }
     return Calibration(checkpoint.path, texts, statistics, check_grams, check_loss, seconds)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Add the time of what is inside."""
+    started = time.perf_counter()
+    yield
+    seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - started, 3)
 
 
 def default_block_tokens(checkpoint: Checkpoint) -> int:
@@ -193,8 +193,17 @@ def dense_objective(objective: str) -> str:
     return "two-sided" if "output_gram" in OBJECTIVES[objective].needs else "whiten"
 
 
-def _texts(checkpoint: Checkpoint, settings: CompressSettings) -> Texts:
-    return draw_texts(
+def draw(checkpoint: Checkpoint, settings: CompressSettings) -> Texts:
+    """The text of a compression.
+
+    Args:
+        checkpoint: of the dense model, with its tokenizer.
+        settings: which text, how much of it, and the seed.
+
+    Raises:
+        UsageError: too little text, or a tokenizer that is not the model's.
+    """
+    texts = draw_texts(
         settings.text,
         load_tokenizer(checkpoint.path),
         block_tokens=settings.block_tokens or default_block_tokens(checkpoint),
@@ -204,6 +213,10 @@ def _texts(checkpoint: Checkpoint, settings: CompressSettings) -> Texts:
         max_bytes=settings.max_bytes,
         seed=settings.seed,
     )
+    for blocks in texts.sets.values():
+        check_blocks(checkpoint.meta_model(), blocks)
+    _refuse_few_tokens([stored.matrix for stored in foldable(checkpoint)], texts.calibration, settings)
+    return texts
 
 
 def _refuse_missing(who: str, needs: Collection[str], found: Statistics) -> None:

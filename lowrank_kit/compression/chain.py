@@ -71,6 +71,7 @@ class Chain:
     ) -> None:
         self.model, self.paths, self.parts = model, list(paths), parts
         self.batch_size = min(batch_size, len(sample))
+        self._after: set[str] | None = None
         self._sample = sample[: self.batch_size]
         with self.outside():
             self._answer, calls = self._find_answer()
@@ -89,14 +90,19 @@ class Chain:
 
     def inside(self, index: int) -> AbstractContextManager[None]:
         """Inside, the weights of a block are there."""
-        return contextlib.nullcontext() if self.parts is None else self.parts.filled(self.parts.below(self.paths[index]))
+        return (
+            contextlib.nullcontext() if self.parts is None else self.parts.filled(self.parts.below(self.paths[index]))
+        )
 
     def block(self, index: int) -> nn.Module:
         """The model's own."""
         return self.model.get_submodule(self.paths[index])
 
     def enter(self, ids: Tensor) -> Iterator[Tensor]:
-        """What the first block reads, [B, T, D] on the CPU, for int [N, T]; what is outside has to be there."""
+        """What the first block reads, [B, T, D] on the CPU, for int [N, T]; what is outside has to be there.
+
+        As `run` and `leave`, it leaves autograd to the caller.
+        """
         first = self.block(0)
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,7 +113,7 @@ class Chain:
             entered: list[Tensor] = []
             handle = first.register_forward_pre_hook(stop, with_kwargs=True)
             try:
-                with contextlib.suppress(_Stop), torch.no_grad():
+                with contextlib.suppress(_Stop):
                     self._forward(batch)
             finally:
                 handle.remove()
@@ -139,6 +145,12 @@ class Chain:
     def device(self) -> torch.device:
         """Where blocks run."""
         return self.model.device if self.parts is None else self.parts.device
+
+    def is_after(self, name: str) -> bool:
+        """Whether a module outside of the blocks is run after the last of them."""
+        if self._after is None:
+            self._after = self._see_after()
+        return name in self._after
 
     def know(self, size: int) -> None:
         """See what the blocks are called with for so many sequences, unless it is known."""
@@ -184,6 +196,30 @@ class Chain:
         if order != self.paths:
             self._refuse(f"runs {', '.join(order)}, not {', '.join(self.paths)}")
         return calls
+
+    def _see_after(self) -> set[str]:
+        """Names of the modules that are run after the last block."""
+        after: set[str] = set()
+        passed = False
+
+        def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal passed
+            passed = path == self.paths[-1]
+            return self._answer(_Call.of(args, kwargs)[0])
+
+        def reached(name: str) -> None:
+            if passed:
+                after.add(name)
+
+        with ExitStack() as stack:
+            stack.enter_context(self.outside())
+            for name, module in self.model.named_modules():
+                stack.callback(module.register_forward_pre_hook(lambda *_, name=name: reached(name)).remove)
+            stack.enter_context(self._standing_in(note))
+            stack.enter_context(in_evaluation(self.model))
+            stack.enter_context(torch.no_grad())
+            self.model(input_ids=self._ids(self._sample[:1]), use_cache=False)
+        return after
 
     @contextmanager
     def _standing_in(self, answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:

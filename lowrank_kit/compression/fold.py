@@ -1,303 +1,407 @@
-"""Fold a model: every matrix cut to its rank, by itself or block after block, and refined against the dense model.
+"""Fold a model section by section: cut every matrix to its rank, and refine each block against the dense one.
 
-Shape legend: N sequences, T tokens, D hidden, I in.
+A section is a block, or what comes before or after the blocks. One is in memory at a time, and what becomes of it is
+given away before the next is begun.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from lowrank_kit.checkpoint.loading import load_model
-from lowrank_kit.compression.calibration import Calibration, dense_objective, factorize
-from lowrank_kit.compression.chain import Chain, block_paths, read_input
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.compression.calibration import Calibration, dense_objective, timed
+from lowrank_kit.compression.chain import Chain
 from lowrank_kit.compression.evidence import refuse_non_finite
-from lowrank_kit.compression.objectives import OBJECTIVES
+from lowrank_kit.compression.flow import Flow, exchanged, twin
+from lowrank_kit.compression.gather import (
+    Grams,
+    changed_grams,
+    grams_after,
+    grams_before,
+    grams_while,
+    in_order,
+    loss_after,
+)
+from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
 from lowrank_kit.compression.piece import TORCH_DTYPES, Piece, cut
 from lowrank_kit.compression.plan import Plan, PlannedMatrix
-from lowrank_kit.compression.refine import Refined, refine_block, refine_end_to_end, trainable
-from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.errors import LowRankError
+from lowrank_kit.compression.progress import Progress
+from lowrank_kit.compression.refine import Refined, refine_block, trainable
+from lowrank_kit.compression.sections import Section
+from lowrank_kit.compression.texts import Texts
 from lowrank_kit.layers import LOW_RANK_LAYERS
-from lowrank_kit.linalg.factor import Factors
-from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
+from lowrank_kit.linalg.factor import Factors, weighted_error
 
 
 @dataclass
 class Folded:
-    """What a folding made.
+    """What a section, or a whole model, has become.
 
     Args:
         pieces: name of a matrix -> what it became.
         others: name of a parameter of the model -> what refinement made of it.
         refined: name of a stage -> how its refinement went.
+        errors: name of a matrix -> relative error of its outputs on the check text; of its weights without one.
+        losses: on the check text, of the dense model and the compressed one, once both have been run through.
     """
 
     pieces: dict[str, Piece] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     refined: dict[str, Refined] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
-def fold(plan: Plan, calibration: Calibration | None, *, device: torch.device, dtype: torch.dtype | str) -> Folded:
-    """Cut every matrix of a plan to its rank, and refine if the settings say so.
+class Known(Protocol):
+    """What is known of the dense model's matrices beforehand."""
+
+    def factors(self, section: str) -> dict[str, Factors]:
+        """Name of a matrix -> its nested factors for the plan's objective; empty where they are not known."""
+
+    def output_grams(self, section: str) -> dict[str, Tensor]:
+        """Name of a matrix -> Gram of the gradients of its outputs; empty where they are not known."""
+
+
+class Done(Protocol):
+    """What earlier runs made of sections."""
+
+    def has(self, section: Section) -> bool:
+        """Whether a section is done."""
+
+    def get(self, section: Section) -> Folded:
+        """What became of one that is."""
+
+
+class Fold:
+    """One pass over the sections of a model.
 
     Args:
         plan: with settings that leave nothing open.
-        calibration: of the same model; None for an objective that needs none, without refinement.
-        device: where blocks are run.
-        dtype: number format of the runs; refinement trains in float32 or better.
+        sections: of `sections_of`.
+        chain: the blocks of the model, to run text through; None where no text is run.
+        texts: what is run; None where nothing is.
+        calibration: statistics of the whole model, if there are; None gathers them section by section.
+        known: what is known beforehand, if anything is.
+        spill: folder for activations; None keeps them in memory.
+        progress: is told of each matrix that is begun.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sections: Sequence[Section],
+        *,
+        chain: Chain | None = None,
+        texts: Texts | None = None,
+        calibration: Calibration | None = None,
+        known: Known | None = None,
+        spill: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plan, self.sections, self.progress = plan, sections, progress or Progress()
+        self.planned = {m.stored.matrix.name: m for m in plan.matrices if m.rank is not None}
+        self.chain, self.calibration, self.known = chain, calibration, known
+        self.objective = OBJECTIVES[plan.settings.objective]
+        self.by_block = plan.settings.refine in ("block", "both")
+        self.seconds: dict[str, float] = {} if calibration is None else calibration.seconds
+        self.ids: dict[str, Tensor] = {}
+        if chain is not None:
+            assert texts is not None
+            self.ids = {name: blocks.ids for name, blocks in texts.sets.items() if name in self._flowing()}
+            changed = self._flowing() if self.objective.sequential else {"check", "refinement"}
+            self.flow = Flow(chain, self.ids, changed, spill)
+
+    def run(self, done: Done) -> Iterator[tuple[Section, Folded]]:
+        """Fold section after section.
+
+        Args:
+            done: what earlier runs made of sections.
+
+        Yields:
+            What was not done yet; it is to be kept before the next is asked for.
+
+        Raises:
+            LowRankError: NaN or Inf in a matrix, an activation or a loss.
+        """
+        if self.chain is None:
+            for section in self.sections:
+                if not done.has(section):
+                    yield section, self._outside(section, self._grams_known(section))
+            return
+        before, *blocks, after = self.sections
+        if done.has(after):
+            return
+        begun = done.get(before) if done.has(before) else self._outside(before, self._grams_before(before))
+        if not done.has(before):
+            yield before, begun
+        for section in self._from_where_it_stopped(blocks, begun, done):
+            with self.chain.inside(section.index - 1):
+                found = done.get(section) if done.has(section) else None
+                block, made = self._block(section, found)
+                if found is None:
+                    yield section, made
+                self.flow.run_changed(section.index - 1, block)
+            self.flow.settle()
+        ended = self._outside(after, self._grams_after(after))
+        ended.losses = self._losses(begun.pieces | ended.pieces)
+        yield after, ended
+
+    def _flowing(self) -> set[str]:
+        names = {"check", *(["refinement"] if self.by_block else [])}
+        return names | ({"calibration"} if self.calibration is None or self.objective.sequential else set())
+
+    def _from_where_it_stopped(self, blocks: Sequence[Section], begun: Folded, done: Done) -> Sequence[Section]:
+        """The blocks that text still has to go through; the streams are before the first of them."""
+        finished = sum(1 for _ in itertools.takewhile(done.has, blocks))
+        for place in range(finished, 0, -1):
+            if self.flow.restore(place):
+                return blocks[place:]
+        self.flow.enter(begun.pieces)
+        return blocks
+
+    def _outside(self, section: Section, grams: Grams) -> Folded:
+        """Matrices cut without regard to any that were cut before."""
+        made = Folded(dict(self._cut_all(section, grams)))
+        made.errors = errors_of(self.plan.checkpoint, made.pieces, grams.check)
+        return made
+
+    def _block(self, section: Section, found: Folded | None) -> tuple[nn.Module, Folded]:
+        """A block as it is stored, and what became of it; the dense streams have gone through."""
+        assert self.chain is not None
+        index, prefix = section.index - 1, f"{section.path}."
+        block = self.chain.block(index)
+        changed = twin(block)
+        if found is not None:
+            for name in self.flow.dense:
+                self.flow.run_dense(name, index, block)
+            _install(changed, found, section)
+            return changed, found
+        grams = self._grams_inside(section, block)
+        made = Folded()
+        sequential = self.objective.sequential
+        cuts = self._cut_in_turn(section, block, changed, grams) if sequential else self._cut_all(section, grams)
+        for name, piece in cuts:
+            piece.install(changed, section.inside(name))
+            made.pieces[name] = piece
+        if sequential:
+            self.flow.run_dense("calibration", index, block)
+        if self.by_block and section.stored:
+            with timed(self.seconds, "refine by block"):
+                made.refined[section.path] = self._refine(section, changed)
+            made.pieces = {name: piece.read_back(changed, section.inside(name)) for name, piece in made.pieces.items()}
+            made.others = {f"{prefix}{name}": t for name, t in self._others(changed, prefix).items()}
+            _install(changed, made, section)
+        made.errors = errors_of(self.plan.checkpoint, made.pieces, grams.check)
+        return changed, made
+
+    # Cutting
+
+    def _cut_all(self, section: Section, grams: Grams) -> Iterator[tuple[str, Piece]]:
+        """Every matrix by the dense model alone."""
+        settings = self.plan.settings
+        objective = dense_objective(settings.objective)
+        if self.calibration is not None:
+            nested = self.calibration.factors(self.plan.checkpoint, objective, settings.options)
+        else:
+            nested = {} if self.known is None else self.known.factors(section.path)
+        for name in section.stored:
+            factors, spent = nested.get(name), 0.0
+            if factors is None:
+                factors, spent = self._factorize(section, name, objective, grams)
+            elif self.calibration is not None:
+                spent = self.calibration.matrix_seconds.get(name, 0.0)
+            yield name, self._cut(section, name, factors, grams, spent)
+
+    def _cut_in_turn(
+        self, section: Section, block: nn.Module, changed: nn.Module, grams: Grams
+    ) -> Iterator[tuple[str, Piece]]:
+        """In the order in which the block reads its inputs, each by what the matrices before it have become."""
+        if not section.stored:
+            return
+        assert self.chain is not None
+        index, streams = section.index - 1, (self.flow.dense["calibration"], self.flow.changed["calibration"])
+        for group in in_order(self.chain, index, block, section.matrices, streams[0]):
+            with timed(self.seconds, "grams of the compressed model"):
+                gram, cross = changed_grams(self.chain, index, (block, changed), group[0], streams)
+            key = section.stored[group[0]].matrix.shares_input
+            by_changed = replace(grams, calibration={key: gram})
+            for name in group:
+                known = Statistics(changed_gram=gram, cross=cross)
+                factors, spent = self._factorize(section, name, self.plan.settings.objective, grams, known)
+                yield name, self._cut(section, name, factors, by_changed, spent)
+
+    def _factorize(
+        self, section: Section, name: str, objective: str, grams: Grams, known: Statistics | None = None
+    ) -> tuple[Factors, float]:
+        """Factors of full rank of one matrix, and seconds."""
+        self.progress.matrix(name)
+        matrix = section.stored[name].matrix
+        started = time.perf_counter()
+        output_gram = None
+        if self.calibration is not None:
+            output_gram = self.calibration.statistics[name].output_gram
+        elif self.known is not None:
+            output_gram = self.known.output_grams(section.path).get(name)
+        known = replace(
+            known or Statistics(),
+            tokens=self.ids["calibration"].numel() if "calibration" in self.ids else 0,
+            gram=grams.calibration.get(matrix.shares_input),
+            output_gram=output_gram,
+        )
+        with timed(self.seconds, "factorize"):
+            factors = OBJECTIVES[objective].factorize(
+                weight_of(self.plan.checkpoint, self.planned[name]), known, self.plan.settings.options
+            )
+        return factors, time.perf_counter() - started
+
+    def _cut(self, section: Section, name: str, factors: Factors, grams: Grams, spent: float) -> Piece:
+        """Cut, and add the time of it to what was spent on the factors."""
+        settings, planned = self.plan.settings, self.planned[name]
+        started = time.perf_counter()
+        gram = grams.calibration.get(planned.stored.matrix.shares_input)
+        piece = cut(planned, factors, gram, form=settings.form or "factors", align=settings.align)
+        return replace(piece, seconds=spent + time.perf_counter() - started)
+
+    # Refining
+
+    def _refine(self, section: Section, changed: nn.Module) -> Refined:
+        assert self.chain is not None
+        settings = self.plan.settings
+        text, check = ((self.flow.changed[name], self.flow.dense[name]) for name in ("refinement", "check"))
+        return refine_block(
+            self.chain,
+            section.index - 1,
+            changed,
+            text,
+            check,
+            epochs=settings.block_epochs,
+            rate=settings.block_rate,
+            seed=settings.seed,
+            stored=stored_dtype(self.plan),
+        )
+
+    def _others(self, changed: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """What was trained outside of the low-rank layers' matrices, as it will be stored."""
+        on_disk = self.plan.checkpoint.disk_names()
+        headers, found = self.plan.checkpoint.headers, {}
+        for name, tensor in others(changed).items():
+            disk = on_disk.get(f"{prefix}{name}")
+            dtype = TORCH_DTYPES[headers[disk].dtype] if disk is not None else stored_dtype(self.plan)
+            found[name] = tensor.to(dtype)
+        return found
+
+    # Grams
+
+    def _grams_known(self, section: Section) -> Grams:
+        if self.calibration is None:
+            return Grams()
+        keys = {matrix.shares_input: matrix.name for matrix in section.matrices}
+        calibration = {key: self.calibration.statistics[name].gram for key, name in keys.items()}
+        known = {key: gram for key, gram in calibration.items() if gram is not None}
+        return Grams(known, {key: self.calibration.check_grams[key] for key in keys})
+
+    def _grams_before(self, section: Section) -> Grams:
+        if self.calibration is not None or not section.stored:
+            return self._grams_known(section)
+        assert self.chain is not None
+        return Grams(*(grams_before(self.chain, section.matrices, self.ids[name]) for name in ("calibration", "check")))
+
+    def _grams_after(self, section: Section) -> Grams:
+        if self.calibration is not None or not section.stored:
+            return self._grams_known(section)
+        assert self.chain is not None
+        found = (
+            grams_after(self.chain, section.matrices, self.ids[name], self.flow.dense[name])
+            for name in ("calibration", "check")
+        )
+        return Grams(*found)
+
+    def _grams_inside(self, section: Section, block: nn.Module) -> Grams:
+        """Of a block, while the dense streams go through; that of a sequential objective's calibration stays before."""
+        assert self.chain is not None
+        index, found = section.index - 1, {}
+        for name in self.flow.dense:
+            wanted = name != "refinement" and self.calibration is None
+            stays = name == "calibration" and self.objective.sequential
+            with timed(self.seconds, "grams" if wanted else "dense model"):
+                run = (
+                    (lambda name=name: self.flow.peek(name, index, block))
+                    if stays
+                    else (lambda name=name: self.flow.run_dense(name, index, block))
+                )
+                if wanted:
+                    found[name] = grams_while(run, block, section.matrices, f"{section.path}.")
+                elif not stays:
+                    run()
+        return Grams(**found) if self.calibration is None else self._grams_known(section)
+
+    def _losses(self, pieces: Mapping[str, Piece]) -> dict[str, float]:
+        assert self.chain is not None
+        ids, losses = self.ids["check"], {}
+        with self.chain.outside():
+            losses["loss_dense"] = loss_after(self.chain, ids, self.flow.dense["check"])
+            with exchanged(self.chain.model, pieces):
+                losses["loss_compressed"] = loss_after(self.chain, ids, self.flow.changed["check"])
+        return losses
+
+
+def weight_of(checkpoint: Checkpoint, planned: PlannedMatrix) -> Tensor:
+    """W [out, in] as it is on disk.
 
     Raises:
-        LowRankError: NaN or Inf in a matrix, an activation or a loss; blocks that are no chain.
+        LowRankError: NaN or Inf in it.
     """
-    settings = plan.settings
-    sequential = OBJECTIVES[settings.objective].sequential
-    by_block = sequential or settings.refine in ("block", "both")
-    folded = Folded()
-    if not _planned(plan):
-        return folded
-    if not by_block:
-        folded.pieces = _cut_all(plan, calibration)
-        if settings.refine == "none":
-            return folded
-    assert calibration is not None
-    wanted = dtype if settings.refine == "none" else torch.float32
-    model = load_model(plan.checkpoint, device=device, dtype=wanted)
-    if by_block:
-        _BlockFold(model, plan, calibration, folded).run()
-    else:
-        for piece in folded.pieces.values():
-            piece.install(model)
-    if settings.refine in ("e2e", "both"):
-        _refine_all(model, plan, calibration, folded, device)
-    if settings.refine != "none":
-        folded.pieces = {name: piece.read_back(model) for name, piece in folded.pieces.items()}
-        folded.others = _others(model)
-    return folded
+    ((on_disk, tensor),) = checkpoint.tensors(planned.stored.tensors)
+    refuse_non_finite(checkpoint, on_disk, tensor)
+    return planned.stored.weight(tensor)
 
 
-def _planned(plan: Plan) -> dict[str, PlannedMatrix]:
-    return {m.stored.matrix.name: m for m in plan.matrices if m.rank is not None}
+def errors_of(checkpoint: Checkpoint, pieces: Mapping[str, Piece], grams: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative error of the outputs of each matrix, of its weights where there is no Gram for it.
 
-
-def _cut_all(plan: Plan, calibration: Calibration | None) -> dict[str, Piece]:
-    """Every matrix by itself."""
-    planned, settings = _planned(plan), plan.settings
-    if calibration is not None:
-        with calibration.timed("cut"):
-            return dict(_cut_by_dense(planned, plan, calibration))
-    found = factorize(plan.checkpoint, settings.objective, settings.options, {})
+    Args:
+        checkpoint: of the dense model.
+        pieces: name -> what the matrix became.
+        grams: `Matrix.shares_input` -> Gram on text that the factors were not made for.
+    """
     return {
-        name: _cut(planned[name], factors, None, settings, seconds)
-        for name, factors, seconds in found
-        if name in planned
+        name: weighted_error(
+            weight_of(checkpoint, piece.planned), piece.dense(), grams.get(piece.planned.stored.matrix.shares_input)
+        )
+        for name, piece in pieces.items()
     }
 
 
-def _cut_by_dense(
-    planned: dict[str, PlannedMatrix], plan: Plan, calibration: Calibration
-) -> Iterator[tuple[str, Piece]]:
-    """By the statistics of the dense model, whose factorizations are kept for other plans."""
-    settings = plan.settings
-    nested = calibration.factors(plan.checkpoint, dense_objective(settings.objective), settings.options)
-    for name, one in planned.items():
-        spent = calibration.matrix_seconds.get(name, 0.0)
-        yield name, _cut(one, nested[name], calibration.statistics[name].gram, settings, spent)
-
-
-def _cut(
-    planned: PlannedMatrix, factors: Factors, gram_II: Tensor | None, settings: CompressSettings, spent: float
-) -> Piece:
-    """Cut, and add the time of it to what was spent on the factors."""
-    started = time.perf_counter()
-    piece = cut(planned, factors, gram_II, form=settings.form or "factors", align=settings.align)
-    return replace(piece, seconds=spent + time.perf_counter() - started)
-
-
-class _BlockFold:
-    """Block after block: what the dense and the compressed blocks before give is what the next is made for."""
-
-    def __init__(self, model: PreTrainedModel, plan: Plan, calibration: Calibration, folded: Folded) -> None:
-        settings, texts = plan.settings, calibration.texts
-        self.model, self.plan, self.calibration, self.folded = model, plan, calibration, folded
-        self.planned = _planned(plan)
-        self.sequential = OBJECTIVES[settings.objective].sequential
-        paths = block_paths(stored.matrix for stored in plan.checkpoint.matrices())
-        self.chain = Chain(model, paths, texts.calibration.ids, batch_size=settings.batch_size)
-        self.streams = {"calibration": _Stream(self.chain, texts.calibration.ids)} if self.sequential else {}
-        if settings.refine in ("block", "both"):
-            assert texts.refinement is not None
-            self.streams["text"] = _Stream(self.chain, texts.refinement.ids)
-            self.streams["check"] = _Stream(self.chain, texts.check.ids)
-
-    def run(self) -> None:
-        """Cut every matrix, and refine every block if the settings say so."""
-        outside = {name: one for name, one in self.planned.items() if one.stored.matrix.block is None}
-        if outside:
-            self._install(_cut_by_dense(outside, self.plan, self.calibration))
-            for stream in self.streams.values():
-                stream.enter_changed()
-        for index in tqdm(range(len(self.chain.paths)), desc="fold", unit="block", disable=None):
-            self._fold_block(index)
-
-    def _fold_block(self, index: int) -> None:
-        path = self.chain.paths[index]
-        block = self.model.get_submodule(path)
-        dense = copy.deepcopy(block)
-        here = {name: one for name, one in self.planned.items() if name.startswith(f"{path}.")}
-        if self.sequential:
-            self._install(self._cut_in_turn(index, block, dense, here))
-        else:
-            self._install(_cut_by_dense(here, self.plan, self.calibration))
-        targets = {name: self.chain.run_all(index, dense, stream.dense) for name, stream in self.streams.items()}
-        if "text" in self.streams and here:
-            self._refine(index, block, targets)
-        for name, stream in self.streams.items():
-            stream.dense = targets[name]
-            stream.changed = self.chain.run_all(index, block, stream.changed)
-
-    def _install(self, pieces: Iterator[tuple[str, Piece]]) -> None:
-        for name, piece in pieces:
-            piece.install(self.model)
-            self.folded.pieces[name] = piece
-
-    def _cut_in_turn(
-        self, index: int, block: nn.Module, dense: nn.Module, planned: dict[str, PlannedMatrix]
-    ) -> Iterator[tuple[str, Piece]]:
-        """In the order in which the block reads its inputs, each by what the matrices before it have become."""
-        settings, stream = self.plan.settings, self.streams["calibration"]
-        method = OBJECTIVES[settings.objective]
-        for group in _in_order(self.chain, index, dense, planned, stream.dense):
-            with self.calibration.timed("grams of the compressed model"):
-                gram, cross = _changed_grams(self.chain, index, block, dense, group[0], stream)
-            for name in group:
-                stored = planned[name].stored
-                ((on_disk, tensor),) = self.plan.checkpoint.tensors(stored.tensors)
-                refuse_non_finite(self.plan.checkpoint, on_disk, tensor)
-                known = replace(self.calibration.statistics[name], changed_gram=gram, cross=cross)
-                started = time.perf_counter()
-                with self.calibration.timed("factorize"):
-                    factors = method.factorize(stored.weight(tensor), known, settings.options)
-                yield name, _cut(planned[name], factors, gram, settings, time.perf_counter() - started)
-
-    def _refine(self, index: int, block: nn.Module, targets: dict[str, Tensor]) -> None:
-        settings = self.plan.settings
-        text, check = ((self.streams[name].changed, targets[name]) for name in ("text", "check"))
-        with self.calibration.timed("refine by block"):
-            self.folded.refined[self.chain.paths[index]] = refine_block(
-                self.chain,
-                index,
-                block,
-                text,
-                check,
-                epochs=settings.block_epochs,
-                rate=settings.block_rate,
-                seed=settings.seed,
-                stored=_stored_dtype(self.plan),
-            )
-
-
-class _Stream:
-    """What the next block reads of a text: `dense` in the dense model, `changed` in the compressed one."""
-
-    def __init__(self, chain: Chain, ids: Tensor) -> None:
-        self.chain, self.ids = chain, ids
-        self.dense = self.changed = chain.enter(ids)
-
-    def enter_changed(self) -> None:
-        """Anew, by what is compressed before the first block."""
-        self.changed = self.chain.enter(self.ids)
-
-
-def _in_order(
-    chain: Chain, index: int, dense: nn.Module, planned: dict[str, PlannedMatrix], hidden_NTD: Tensor
-) -> list[list[str]]:
-    """Names of matrices, those with one input together, as the block comes to them."""
-    groups: dict[str, list[str]] = {}
-    for name, one in planned.items():
-        groups.setdefault(one.stored.matrix.shares_input, []).append(name)
-    seen: list[str] = []
-    handles = [
-        dense.get_submodule(_inside(chain, index, group[0])).register_forward_pre_hook(
-            lambda module, args, key=key: seen.append(key)
-        )
-        for key, group in groups.items()
-    ]
-    chain.run_all(index, dense, hidden_NTD[:1])
-    for handle in handles:
-        handle.remove()
-    if unread := [group[0] for key, group in groups.items() if key not in seen]:
-        raise LowRankError(f"the calibration text does not reach {unread[0]}", hint="more text: --calibration-blocks")
-    return [groups[key] for key in dict.fromkeys(seen)]
-
-
-def _changed_grams(
-    chain: Chain, index: int, block: nn.Module, dense: nn.Module, reader: str, stream: _Stream
-) -> tuple[Tensor, Tensor]:
-    """Y Y^T and X Y^T of what a matrix reads in the dense block (X) and in the compressed one (Y), [I, I] float64."""
-    path = _inside(chain, index, reader)
-    gram = cross = None
-    inputs = zip(
-        read_input(chain, index, dense, path, stream.dense),
-        read_input(chain, index, block, path, stream.changed),
-        strict=True,
-    )
-    for x, y in inputs:
-        x_NI, y_NI = at_least_float32(x.flatten(0, -2)), at_least_float32(y.flatten(0, -2))
-        if gram is None or cross is None:
-            gram = zero_gram(y_NI.shape[1], y.device)
-            cross = torch.zeros_like(gram)
-        add_gram_(gram, y_NI)
-        cross += x_NI.mT @ y_NI
-    assert gram is not None
-    assert cross is not None
-    if not (gram.diagonal().isfinite().all() and cross.isfinite().all()):
-        raise LowRankError(
-            f"NaN or Inf in the input of {reader} of the compressed model",
-            hint="a higher budget, or --objective whiten",
-        )
-    return mirrored(gram).cpu(), cross.cpu()
-
-
-def _inside(chain: Chain, index: int, name: str) -> str:
-    """Path of a module of the model in its block."""
-    return name.removeprefix(f"{chain.paths[index]}.")
-
-
-def _refine_all(
-    model: PreTrainedModel, plan: Plan, calibration: Calibration, folded: Folded, device: torch.device
-) -> None:
-    settings, texts = plan.settings, calibration.texts
-    assert texts.refinement is not None
-    dense = load_model(plan.checkpoint, device=device, dtype=torch.float32)
-    with calibration.timed("refine end to end"):
-        folded.refined["end to end"] = refine_end_to_end(
-            model,
-            dense,
-            texts.refinement.ids,
-            texts.check.ids,
-            epochs=settings.e2e_epochs,
-            rate=settings.e2e_rate,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            stored=_stored_dtype(plan),
-        )
-
-
-def _stored_dtype(plan: Plan) -> torch.dtype:
+def stored_dtype(plan: Plan) -> torch.dtype:
     """dtype in which factors are stored; the narrowest, should there be several."""
-    return min((TORCH_DTYPES[one.dtype] for one in _planned(plan).values()), key=lambda dtype: dtype.itemsize)
+    planned = (TORCH_DTYPES[one.dtype] for one in plan.matrices if one.rank is not None)
+    return min(planned, key=lambda dtype: dtype.itemsize)
 
 
-def _others(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What was trained outside of the low-rank layers' matrices, biases of these layers included."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, LOW_RANK_LAYERS)]
+def others(module: nn.Module) -> dict[str, Tensor]:
+    """What is trained outside of the low-rank layers' matrices, biases of these layers included."""
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, LOW_RANK_LAYERS)]
     factors = {f"{name}.{leaf}.weight" for name in layers for leaf in "ABC"}
-    return {name: p.detach().cpu() for name, p in trainable(model).items() if name not in factors}
+    return {name: p.detach().cpu() for name, p in trainable(module).items() if name not in factors}
+
+
+def _install(block: nn.Module, made: Folded, section: Section) -> None:
+    """Make a block what it is stored as."""
+    for name, piece in made.pieces.items():
+        path = section.inside(name)
+        if isinstance(block.get_submodule(path), LOW_RANK_LAYERS):
+            block.get_submodule(path).load_state_dict(piece.tensors, strict=False)
+        else:
+            piece.install(block, path)
+    parameters = dict(block.named_parameters())
+    with torch.no_grad():
+        for name, tensor in made.others.items():
+            parameters[section.inside(name)].copy_(tensor)

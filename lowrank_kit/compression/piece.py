@@ -43,9 +43,9 @@ class Piece:
         *parts, _ = (t.double() if t.is_floating_point() else t for t in self.tensors.values())
         return FORMS[self.planned.form].join(*parts)
 
-    def install(self, model: nn.Module) -> None:
-        """Put a low-rank layer in the place of the matrix's."""
-        name, rank = self.planned.stored.matrix.name, self.planned.rank
+    def install(self, model: nn.Module, path: str | None = None) -> None:
+        """Put a low-rank layer in the place of the matrix's, in a model or at a path of a part of it."""
+        name, rank = path or self.planned.stored.matrix.name, self.planned.rank
         assert rank is not None
         old = model.get_submodule(name)
         layer = exchange_linear(model, name, rank, self.planned.form)
@@ -54,9 +54,9 @@ class Piece:
             place: nn.Module = layer.B if isinstance(layer, LowRankLinear) else layer
             place.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
-    def read_back(self, model: nn.Module) -> Piece:
-        """The piece as the layer in the model has it now."""
-        state = model.get_submodule(self.planned.stored.matrix.name).state_dict()
+    def read_back(self, model: nn.Module, path: str | None = None) -> Piece:
+        """The piece as the layer in the model, or at a path of a part of it, has it now."""
+        state = model.get_submodule(path or self.planned.stored.matrix.name).state_dict()
         tensors = {leaf: state[leaf].to("cpu", old.dtype) for leaf, old in self.tensors.items()}
         return replace(self, tensors=tensors)
 

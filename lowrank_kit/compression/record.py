@@ -11,12 +11,12 @@ from typing import Any
 from lowrank_kit.checkpoint.card import compressed_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
-from lowrank_kit.compression.calibration import Calibration
-from lowrank_kit.compression.fold import Folded
 from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan
 from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.compression.texts import Texts
+from lowrank_kit.compression.work import Kept
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json, write_text
 
@@ -24,9 +24,9 @@ from lowrank_kit.report.files import write_json, write_text
 def make_report(
     plan: Plan,
     model: str,
-    calibration: Calibration | None,
-    folded: Folded,
-    errors: dict[str, float],
+    texts: Texts | None,
+    kept: Kept,
+    seconds: dict[str, float],
     *,
     device: str = "auto",
     dtype: str = "float32",
@@ -36,28 +36,32 @@ def make_report(
     Args:
         plan: as it was made.
         model: as the user named it.
-        calibration: if there was one.
-        folded: what the matrices became.
-        errors: name of a matrix -> relative error of its outputs on the check text.
+        texts: what was read, if anything was.
+        kept: what the matrices became.
+        seconds: what each part took.
         device, dtype: of the runs.
     """
+    told = kept.told()
     rows = []
     for planned in plan.matrices:
         name = planned.stored.matrix.name
-        piece = folded.pieces.get(name)
-        energy, seconds = (None, None) if piece is None else (piece.kept_energy, round(piece.seconds, 4))
-        row = {**planned.row(), "kept_energy": energy, "relative_error": errors.get(name), "seconds": seconds}
-        rows.append(row)
+        piece = told["pieces"].get(name, {})
+        made = {
+            "kept_energy": piece.get("kept_energy"),
+            "relative_error": told["errors"].get(name),
+            "seconds": piece.get("seconds"),
+        }
+        rows.append({**planned.row(), **made})
     return {
         "model": model,
         "command": command_line(model, plan.settings, device=device, dtype=dtype),
         "settings": asdict(plan.settings),
         "totals": plan.totals(),
-        "calibration": calibration and calibration.texts.record(),
-        "check": calibration and {"loss_dense": calibration.check_loss},
-        "refined": {stage: refined.record() for stage, refined in folded.refined.items()},
+        "calibration": texts and texts.record(),
+        "check": texts and told["losses"],
+        "refined": told["refined"],
         "matrices": rows,
-        "seconds": dict(calibration.seconds) if calibration else {},
+        "seconds": seconds,
         "environment": environment(),
     }
 

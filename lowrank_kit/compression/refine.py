@@ -1,6 +1,6 @@
 """Recover quality after factorizing: train factors, norms and biases against the dense model, by block or end to end.
 
-Shape legend: N sequences, B of a batch, T tokens, D hidden, V vocabulary.
+Shape legend: N sequences, B of a batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.checkpoint.loading import in_evaluation
 from lowrank_kit.compression.chain import Chain
+from lowrank_kit.compression.streams import Stream
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers import LOW_RANK_LAYERS
 
@@ -51,8 +52,8 @@ def refine_block(
     chain: Chain,
     index: int,
     block: nn.Module,
-    text: tuple[Tensor, Tensor],
-    check: tuple[Tensor, Tensor],
+    text: tuple[Stream, Stream],
+    check: tuple[Stream, Stream],
     *,
     epochs: int,
     rate: float,
@@ -67,7 +68,7 @@ def refine_block(
         chain: what the block is called with.
         index: of the block.
         block: with low-rank layers; changed in place.
-        text: Y and L(X), [N, T, D] each: inputs from the compressed blocks before, outputs of the dense block.
+        text: Y and L(X): inputs from the compressed blocks before, outputs of the dense block.
         check: the same of the check text, by which the best state is chosen: never worse than before.
         epochs: passes over the text.
         rate: learning rate as a share of the root mean square of the tensor that is trained.
@@ -79,16 +80,21 @@ def refine_block(
 
     Source: AA-SVD (arXiv 2604.02119), whose learning rate is one for all tensors; without its weight on directions.
     """
-    inputs, targets = text
-    scale = targets.double().square().mean().item() or 1.0
+    (inputs, targets), (check_inputs, check_targets) = text, check
+    scale = targets.mean_square(chain.batch_size) or 1.0
+    check_scale = check_targets.mean_square(chain.batch_size)
 
     def loss(chosen: Tensor) -> Tensor:
-        target = targets[chosen].to(chain.model.device)
-        return (chain.run(index, block, inputs[chosen]) - target).float().square().mean() / scale
+        target = targets.rows(chosen).to(chain.device)
+        return (chain.run(index, block, inputs.rows(chosen)) - target).float().square().mean() / scale
 
     def error() -> float:
-        outputs = chain.run_all(index, block, check[0])
-        return ((outputs - check[1]).double().square().mean() / check[1].double().square().mean()).item()
+        total = 0.0
+        with torch.no_grad():
+            for rows, batch in check_inputs.batches(chain.batch_size):
+                off = chain.run(index, block, batch).cpu() - check_targets.rows(rows)
+                total += off.double().square().sum().item()
+        return total / math.prod(check_targets.shape) / check_scale
 
     return _train(
         block,

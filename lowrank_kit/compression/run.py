@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,19 @@ from torch import Tensor
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.checkpoint.writer import Shard, write_shards
-from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.auto import Choice, choose
-from lowrank_kit.compression.calibration import (
-    Calibration,
-    calibrate,
-    inputs_evidence,
-    loss_evidence,
-)
-from lowrank_kit.compression.evidence import refuse_non_finite, weight_evidence
-from lowrank_kit.compression.fold import Folded, fold
+from lowrank_kit.compression.calibration import Calibration
+from lowrank_kit.compression.evidence import refuse_non_finite
 from lowrank_kit.compression.forecast import forecast
-from lowrank_kit.compression.objectives import OBJECTIVES
-from lowrank_kit.compression.piece import TORCH_DTYPES
-from lowrank_kit.compression.plan import Plan, PlannedMatrix, evidence_needed, make_plan, output_name
+from lowrank_kit.compression.job import Job
+from lowrank_kit.compression.plan import Plan, evidence_needed, output_name
 from lowrank_kit.compression.record import make_report, write_documents
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import mean_loss
+from lowrank_kit.compression.texts import Texts
+from lowrank_kit.compression.work import Kept, WorkFolder
 from lowrank_kit.device import resolve_device, resolve_dtype
-from lowrank_kit.linalg.factor import weighted_error
-from lowrank_kit.report.files import new_folder
+from lowrank_kit.report.environment import PACKAGES, environment
 from lowrank_kit.report.tables import duration
 
 logger = logging.getLogger(__name__)
@@ -44,6 +39,7 @@ COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 NOT_COPIED = (CONFIG_FILE, REPORT_FILE, "run.json")
 # Indices of the source's shards, in whatever format.
 INDEX_SUFFIX = ".index.json"
+LOG_FILE = "compression.jsonl"
 
 
 def compress(
@@ -54,51 +50,75 @@ def compress(
     calibration: Calibration | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    resume: bool = False,
+    spill: str | Path | None = None,
 ) -> dict[str, Any]:
     """Factorize the matrices of a checkpoint and write the compressed folder.
+
+    The model is in memory one block at a time, but for refinement end to end, and for a model whose blocks cannot be
+    run one by one. What is finished is kept beside the output, under its name with `.partial`, until that is whole.
 
     Args:
         model: a folder, or the name of a model on the hub; dense.
         output: folder to make; appears whole or not at all.
         settings: see `CompressSettings`.
-        calibration: from `calibrate` with this model; None runs it if the settings ask for it.
+        calibration: from `calibrate` with this model; None gathers block by block what the settings ask for.
         device: where the text is run.
         dtype: number format of the runs, but for refinement; the weights on disk keep theirs.
+        resume: go on with what an earlier run of the same settings has left.
+        spill: folder for hidden states on their way through the blocks; None keeps them in memory.
 
     Returns:
         The contents of compression.json.
 
     Raises:
-        UsageError: no such model, not a dense causal LM, an output that is not empty, too little text.
+        UsageError: no such model, not a dense causal LM, an output that is not empty, too little text, another process
+            at the same output, an unfinished compression with other settings.
         DoesNotFitError: a budget below the smallest possible.
         LowRankError: a broken shard, NaN or Inf in a matrix, an activation or a loss.
     """
-    checkpoint = Checkpoint.open(model)
-    choice = choose(checkpoint, settings, resolve_device(device))
-    settings = choice.settings
-    needed = evidence_needed(checkpoint, settings)
-    _tell(choice)
-    with new_folder(output) as folder:
+    checkpoint, work = Checkpoint.open(model), WorkFolder(Path(output))
+    where = resolve_device(device)
+    with work.open(resume=resume):
+        if work.is_whole():
+            return work.finish()
+        choice = _choice(checkpoint, settings, where, work)
+        needed = evidence_needed(checkpoint, choice.settings)
         for name, tensor in checkpoint.tensors():
             refuse_non_finite(checkpoint, name, tensor)
-        plan, evidence, calibration = prepare(
-            checkpoint, settings, needed, calibration=calibration, device=device, dtype=dtype
+        job = Job(
+            checkpoint, choice.settings, needed, work, calibration=calibration, device=where, dtype=resolve_dtype(dtype)
         )
-        expected = forecast(plan.matrices, evidence, settings.refine or "none")
-        if expected is not None:
-            logger.info("forecast: +%.3g nats per token, within a factor of %g (%s)", *expected.values())
-        folded = fold(plan, calibration, device=resolve_device(device), dtype=resolve_dtype(dtype))
-        plan = replace(plan, matrices=tuple(_as_made(m, folded) for m in plan.matrices))
-        write_shards(folder, list(plan.shards), _filler(plan, _made(plan, folded)))
-        _copy_others(checkpoint.path, folder)
-        errors = output_errors(plan, calibration, folded)
-        report = make_report(plan, str(model), calibration, folded, errors, device=device, dtype=dtype)
+        work.begin(_fingerprint(checkpoint, settings, job.texts, str(where), dtype), choice.record())
+        _tell(choice)
+        with _spilled(spill, work) as folder:
+            plan, evidence = job.plan(folder)
+            expected = forecast(plan.matrices, evidence, choice.settings.refine or "none")
+            if expected is not None:
+                logger.info("forecast: +%.3g nats per token, within a factor of %g (%s)", *expected.values())
+            kept = job.fold(plan, folder)
+        plan = kept.as_made(plan)
+        _write(plan, kept, work.result)
+        report = make_report(plan, str(model), job.texts, kept, job.seconds, device=device, dtype=dtype)
         report |= {"choice": choice.record(), "forecast": expected}
-        write_documents(folder, plan, report)
-        if calibration is not None:
-            report["check"] |= {"loss_compressed": _check_loss(folder, calibration, settings, device, dtype)}
-            write_documents(folder, plan, report)
+        write_documents(work.result, plan, report)
+        if (check := report["check"]) is not None:
+            if job.calibration is not None:
+                check["loss_dense"] = job.calibration.check_loss
+            if "loss_compressed" not in check or choice.settings.refine in ("e2e", "both"):
+                assert job.texts is not None
+                check["loss_compressed"] = _check_loss(work.result, job.texts, choice.settings, device, dtype)
+            write_documents(work.result, plan, report)
+        if work.log.exists():
+            shutil.copyfile(work.log, work.result / LOG_FILE)
+        work.finish()
     return report
+
+
+def _choice(checkpoint: Checkpoint, settings: CompressSettings, device: torch.device, work: WorkFolder) -> Choice:
+    """As it was made when the work was begun: another time of day, another speed."""
+    manifest = work.manifest()
+    return choose(checkpoint, settings, device) if manifest is None else Choice.of(manifest["choice"])
 
 
 def _tell(choice: Choice) -> None:
@@ -109,119 +129,69 @@ def _tell(choice: Choice) -> None:
             logger.info("%s: %s tokens, %s", name, f"{stage['tokens']:,.0f}", duration(stage["seconds"]))
 
 
-def prepare(
-    checkpoint: Checkpoint,
-    settings: CompressSettings,
-    needed: str,
-    *,
-    calibration: Calibration | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-) -> tuple[Plan, dict[str, Evidence] | None, Calibration | None]:
-    """The plan, the evidence for it, and what has to be known of the model for both and for the factors.
-
-    Args:
-        checkpoint: of the dense model.
-        settings: with nothing left open.
-        needed: of `evidence_needed`.
-        calibration, device, dtype: as in `compress`.
-    """
-    text_wanted = OBJECTIVES[settings.objective].needs_text or needed in ("inputs", "loss") or settings.refine != "none"
-    if calibration is not None and calibration.model != checkpoint.path:
-        raise ValueError(f"the calibration is of {calibration.model}, not of {checkpoint.path}")
-    if calibration is not None and settings.refine != "none" and calibration.texts.refinement is None:
-        raise ValueError("the calibration has no refinement text: calibrate with settings that refine")
-    if not text_wanted:
-        calibration = None
-    elif calibration is not None:
-        # Its own clock: what another compression took is not to be in this one's report.
-        calibration = replace(calibration, seconds=dict(calibration.seconds))
-    elif not _all_dense(checkpoint, settings, needed):
-        calibration = calibrate(checkpoint, settings, device=device, dtype=dtype)
-    evidence = _evidence(checkpoint, settings, needed, calibration)
-    return make_plan(checkpoint, settings, evidence), evidence, calibration
+def _fingerprint(
+    checkpoint: Checkpoint, settings: CompressSettings, texts: Texts | None, device: str, dtype: str
+) -> dict[str, Any]:
+    """All that decides the bytes of the output."""
+    found, versions = environment(), (*PACKAGES, "commit", "python")
+    return {
+        "files": _hashes(checkpoint),
+        "settings": asdict(settings),
+        "texts": {} if texts is None else {name: blocks.sha256 for name, blocks in texts.sets.items()},
+        "device": device,
+        "dtype": dtype,
+        "versions": {name: found[name] for name in versions},
+    }
 
 
-def _all_dense(checkpoint: Checkpoint, settings: CompressSettings, needed: str) -> bool:
-    """Whether the budget leaves nothing to do."""
-    if needed != "nothing":
-        return False
-    return all(m.rank is None for m in make_plan(checkpoint, replace(settings, allocation="uniform")).matrices)
+def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    hashes = {}
+    for name in sorted({CONFIG_FILE, *(header.file for header in checkpoint.headers.values())}):
+        with (checkpoint.path / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
-def _evidence(
-    checkpoint: Checkpoint, settings: CompressSettings, needed: str, calibration: Calibration | None
-) -> dict[str, Evidence] | None:
-    if needed == "nothing":
-        return None
-    if needed == "weights":
-        return weight_evidence(checkpoint)
-    assert calibration is not None
-    if needed == "inputs":
-        return inputs_evidence(calibration, checkpoint)
-    return loss_evidence(calibration, checkpoint, settings.objective, settings.options)
+@contextmanager
+def _spilled(spill: str | Path | None, work: WorkFolder) -> Iterator[Path | None]:
+    """A folder of this compression's own, removed once it has gone well."""
+    if spill is None:
+        yield None
+        return
+    folder = Path(spill) / f"{work.output.name}-{work.digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _as_made(planned: PlannedMatrix, folded: Folded) -> PlannedMatrix:
-    piece = folded.pieces.get(planned.stored.matrix.name)
-    return planned if piece is None else piece.planned
-
-
-def _made(plan: Plan, folded: Folded) -> dict[str, Tensor]:
-    """Name in the output -> tensor, of all that is not as it was."""
-    made: dict[str, Tensor] = {}
-    for piece in folded.pieces.values():
-        made |= piece.named()
-    if not folded.others:
-        return made
-    on_disk = plan.checkpoint.disk_names()
-    for name, tensor in folded.others.items():
-        owner = name.removesuffix(".bias").removesuffix(".B")
-        layer = folded.pieces.get(owner)
-        target = on_disk[name] if layer is None else layer.planned.disk_path + name.removeprefix(owner)
-        made[target] = tensor
-    return made
-
-
-def _filler(plan: Plan, made: Mapping[str, Tensor]) -> Callable[[Shard], dict[str, Tensor]]:
-    """Gives the tensors of a shard: what was made, in the dtype that was planned, and the rest read from the source."""
-    factorized = {m.stored.tensors[0]: m for m in plan.matrices if m.rank is not None}
-    source_of = {output_name(name, factorized): name for name in plan.checkpoint.headers}
-
-    def fill(shard: Shard) -> dict[str, Tensor]:
-        here = {h.name: h for h in shard.headers}
-        filled = {
-            name: made[name].to(TORCH_DTYPES[h.dtype]) if made[name].is_floating_point() else made[name]
-            for name, h in here.items()
-            if name in made
-        }
-        wanted = {source_of[name]: name for name in here if name not in made}
-        filled |= {wanted[name]: tensor for name, tensor in plan.checkpoint.tensors(wanted)}
-        return filled
-
-    return fill
-
-
-def output_errors(plan: Plan, calibration: Calibration | None, folded: Folded) -> dict[str, float]:
-    """Relative error of the outputs of each factorized matrix on the check text; of its weights without one."""
-    stored = {m.stored.tensors[0]: m.stored for m in plan.matrices if m.rank is not None}
-    errors = {}
-    for name, tensor in plan.checkpoint.tensors(stored):
-        matrix = stored[name].matrix
-        gram = calibration.check_grams[matrix.shares_input] if calibration is not None else None
-        errors[matrix.name] = weighted_error(stored[name].weight(tensor), folded.pieces[matrix.name].dense(), gram)
-    return errors
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    for file in source.iterdir():
+def _write(plan: Plan, kept: Kept, folder: Path) -> None:
+    """All files but the documents."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_shards(folder, list(plan.shards), _filler(plan, kept))
+    for file in plan.checkpoint.path.iterdir():
         wanted = file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED
         if wanted and file.is_file() and not file.name.endswith(INDEX_SUFFIX):
             shutil.copyfile(file, folder / file.name)
 
 
-def _check_loss(folder: Path, calibration: Calibration, settings: CompressSettings, device: str, dtype: str) -> float:
+def _filler(plan: Plan, kept: Kept) -> Callable[[Shard], dict[str, Tensor]]:
+    """Gives the tensors of a shard: what was made, in the dtype that was planned, and the rest read from the source."""
+    factorized = {m.stored.tensors[0]: m for m in plan.matrices if m.rank is not None}
+    source_of = {output_name(name, factorized): name for name in plan.checkpoint.headers}
+    made = kept.places(plan)
+
+    def fill(shard: Shard) -> dict[str, Tensor]:
+        names = [header.name for header in shard.headers]
+        filled = dict(kept.read({name: made[name] for name in names if name in made}))
+        wanted: Mapping[str, str] = {source_of[name]: name for name in names if name not in made}
+        return filled | {wanted[name]: tensor for name, tensor in plan.checkpoint.tensors(wanted)}
+
+    return fill
+
+
+def _check_loss(folder: Path, texts: Texts, settings: CompressSettings, device: str, dtype: str) -> float:
     """Loss on the check text of what was written, loaded as anybody would."""
     model = load_model(Checkpoint.open(folder), device=resolve_device(device), dtype=resolve_dtype(dtype))
     with torch.inference_mode():
-        return mean_loss(model, calibration.texts.check, batch_size=settings.batch_size)
+        return mean_loss(model, texts.check, batch_size=settings.batch_size)

@@ -101,21 +101,29 @@ def output_grams(
     generator = torch.Generator().manual_seed(seed)
     with _gradients_of(model, {name: adder(grams, name, f"the gradient of {name}") for name in names}):
         for ids in _batches(model, blocks, batch_size, "curvature"):
-            logits_BTV = model(input_ids=ids, use_cache=False).logits
-            log_p_NV = logits_BTV.flatten(0, 1).float().log_softmax(-1)
-            if log_p_NV.isnan().any():
-                raise LowRankError(
-                    f"NaN or Inf in the logits of {model.name_or_path or type(model).__name__}",
-                    hint="look for NaN or Inf in the weights of its head, or try --dtype float32",
-                )
-            drawn_N = torch.multinomial(log_p_NV.detach().exp().cpu(), 1, generator=generator).to(log_p_NV.device)
-            log_p_NV.gather(1, drawn_N).sum().neg().backward()
+            sampled_loss(model(input_ids=ids, use_cache=False).logits, generator).backward()
     missing = [name for name in names if name not in grams]
     if missing:
         raise LowRankError(
             f"no gradient reached {len(missing)} of {len(names)} matrices, first {missing[0]}", hint=_MORE_TEXT
         )
     return _whole(grams)
+
+
+def sampled_loss(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy, summed, of tokens drawn from the predictions themselves.
+
+    Raises:
+        LowRankError: NaN or Inf in the logits.
+    """
+    log_p_NV = logits_BTV.flatten(0, 1).float().log_softmax(-1)
+    if log_p_NV.isnan().any():
+        raise LowRankError(
+            "NaN or Inf in the logits of the model",
+            hint="look for NaN or Inf in the weights of its head, or try --dtype float32",
+        )
+    drawn_N = torch.multinomial(log_p_NV.detach().exp().cpu(), 1, generator=generator).to(log_p_NV.device)
+    return log_p_NV.gather(1, drawn_N).sum().neg()
 
 
 def mean_loss(model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int = 8) -> float:
@@ -184,12 +192,20 @@ def _first_argument(hook: Callable[[Tensor], None]) -> Any:
 
 
 @contextmanager
+def reading_gradients(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, a backward pass gives each hook the gradient by the output of the module of its name."""
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            stack.callback(model.get_submodule(name).register_forward_hook(_by_output(hook)).remove)
+        yield
+
+
+@contextmanager
 def _gradients_of(model: PreTrainedModel, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Inside, a backward pass gives each hook the gradient by the output of the module of its name, and no other."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
-        for name, hook in hooks.items():
-            stack.callback(model.get_submodule(name).register_forward_hook(_by_output(hook)).remove)
+        stack.enter_context(reading_gradients(model, hooks))
         stack.callback(model.get_input_embeddings().register_forward_hook(_start_of_graph).remove)
         stack.enter_context(in_evaluation(model))
         try:

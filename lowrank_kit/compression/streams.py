@@ -5,6 +5,8 @@ Shape legend: N sequences, B of a batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from lowrank_kit.report.files import write_text
 
 
 class Stream(ABC):
@@ -41,7 +45,7 @@ class Stream(ABC):
 
     @abstractmethod
     def advance(self, block: Callable[[Tensor], Tensor], size: int, place: int) -> Stream:
-        """What a block makes of the states, batch by batch; this stream is used up.
+        """What a block makes of the states, batch by batch; this stream is not to be used any more.
 
         Args:
             block: [B, T, D] -> [B, T, D].
@@ -52,6 +56,10 @@ class Stream(ABC):
     @abstractmethod
     def copy(self, name: str) -> Stream:
         """The same states once more, under another name."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Give up what the states were at earlier places."""
 
     def mean_square(self, size: int) -> float:
         """Mean of the squares of all numbers, in float64."""
@@ -67,7 +75,8 @@ class Held(Stream):
     """
 
     def __init__(self, states: Tensor) -> None:
-        super().__init__(tuple(states.shape), states.dtype)
+        count, tokens, hidden = states.shape
+        super().__init__((count, tokens, hidden), states.dtype)
         self.states = states
 
     def rows(self, rows: slice | Tensor) -> Tensor:
@@ -83,6 +92,9 @@ class Held(Stream):
     def copy(self, name: str) -> Stream:
         """In memory of its own."""
         return Held(self.states.clone())
+
+    def settle(self) -> None:
+        """Nothing is left of them."""
 
 
 class Spilled(Stream):
@@ -106,6 +118,9 @@ class Spilled(Stream):
 
     def write(self, batches: Iterator[Tensor]) -> Stream:
         """Fill the file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = {"shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
+        write_text(self.folder / f"{self.name}.json", json.dumps(about))
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             for batch in batches:
@@ -123,17 +138,47 @@ class Spilled(Stream):
         return copied.view(self.dtype).view(-1, *self.shape[1:])
 
     def advance(self, block: Callable[[Tensor], Tensor], size: int, place: int) -> Stream:
-        """A new file; the old one is removed once that is whole."""
+        """A new file; the old one stays until `settle`, so that a run that is killed can go on from it."""
         after = Spilled(self.folder, self.name, place, self.shape, self.dtype)
-        after.write(block(batch) for _, batch in self.batches(size))
-        self.path.unlink()
-        return after
+        return after.write(block(batch) for _, batch in self.batches(size))
 
     def copy(self, name: str) -> Stream:
         """In a file of its own."""
         other = Spilled(self.folder, name, self.place, self.shape, self.dtype)
         return other.write(batch for _, batch in self.batches(1))
 
+    def settle(self) -> None:
+        """Remove the files of earlier places."""
+        for path in self.folder.glob(f"{self.name}-?????.bin"):
+            if path != self.path:
+                path.unlink()
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())
+    @classmethod
+    def find(cls, folder: Path, name: str, place: int) -> Spilled | None:
+        """The stream that an earlier run left at a place, if there is one."""
+        if not (about := folder / f"{name}.json").exists():
+            return None
+        told = json.loads(about.read_text())
+        found = cls(folder, name, place, tuple(told["shape"]), getattr(torch, told["dtype"]))
+        return found if found.path.exists() else None
+
+
+def new_stream(folder: Path | None, name: str, batches: Iterator[Tensor], count: int, place: int = 0) -> Stream:
+    """A stream of what is given batch by batch.
+
+    Args:
+        folder: for its file; None keeps it in memory.
+        name: of the file.
+        batches: [B, T, D] each.
+        count: N.
+        place: number of blocks run before.
+    """
+    first = next(batches)
+    every = itertools.chain([first], batches)
+    if folder is None:
+        return Held(torch.cat(list(every)))
+    return Spilled(folder, name, place, (count, first.shape[1], first.shape[2]), first.dtype).write(every)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -9,14 +9,18 @@ import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
+from lowrank_kit.checkpoint.partial import PartialModel
 from lowrank_kit.compression.calibration import Calibration
+from lowrank_kit.compression.chain import Chain, block_paths
 from lowrank_kit.compression.evidence import foldable
-from lowrank_kit.compression.fold import Folded, fold
-from lowrank_kit.compression.objectives import Statistics
+from lowrank_kit.compression.fold import Fold, Folded
+from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
 from lowrank_kit.compression.plan import Plan, make_plan
+from lowrank_kit.compression.sections import Section, sections_of
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import input_grams, mean_loss, output_grams
 from lowrank_kit.compression.texts import Texts
+from lowrank_kit.compression.whole import refine_whole
 from lowrank_kit.data.blocks import TokenBlocks
 from tests.families import token_ids
 
@@ -54,4 +58,42 @@ def folded(folder: Path, dtype: torch.dtype = torch.float64, **given: Any) -> tu
     """Plan, calibrate and fold, with blocks run in `dtype`."""
     settings = settings_of(**given)
     plan, calibration = make_plan(Checkpoint.open(folder), settings), calibration_of(folder, settings)
-    return plan, calibration, fold(plan, calibration, device=CPU, dtype=dtype)
+    return plan, calibration, fold(plan, calibration, dtype=dtype)
+
+
+class InMemory(dict[int, Folded]):
+    """What became of sections, by their index."""
+
+    def has(self, section: Section) -> bool:
+        return section.index in self
+
+    def get(self, section: Section) -> Folded:  # type: ignore[override]
+        return self[section.index]
+
+
+def fold(plan: Plan, calibration: Calibration | None, *, dtype: torch.dtype = torch.float32) -> Folded:
+    """Fold a whole model in memory."""
+    settings, whole, chain = plan.settings, Folded(), None
+    planned = [m.stored for m in plan.matrices if m.rank is not None]
+    if not planned:
+        return whole
+    paths = block_paths(stored.matrix for stored in plan.checkpoint.matrices())
+    texts = calibration and calibration.texts
+    if OBJECTIVES[settings.objective].sequential or settings.refine in ("block", "both"):
+        assert texts is not None
+        wanted = dtype if settings.refine == "none" else torch.float32
+        parts = PartialModel(plan.checkpoint, device=CPU, dtype=wanted)
+        chain = Chain(parts.model, paths, texts.calibration.ids, batch_size=settings.batch_size, parts=parts)
+    done, sections = InMemory(), sections_of(planned, paths, chain)
+    for section, made in Fold(plan, sections, chain=chain, texts=texts, calibration=calibration).run(done):
+        done[section.index] = made
+    folded = list(done.values())
+    if settings.refine in ("e2e", "both"):
+        assert texts is not None
+        folded.append(refine_whole(plan, list(folded), texts, device=CPU, seconds={}))
+    for made in folded:
+        whole.pieces |= made.pieces
+        whole.others |= made.others
+        whole.refined |= made.refined
+        whole.errors |= made.errors
+    return whole

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.compression.fold import Folded, fold
+from lowrank_kit.compression.fold import Folded
 from lowrank_kit.compression.objectives import OBJECTIVES, Options
 from lowrank_kit.compression.piece import Piece
 from lowrank_kit.compression.plan import Plan, make_plan
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import REFINES
-from tests.compression.folds import CPU, calibration_of, folded, settings_of
+from tests.compression.folds import calibration_of, fold, folded, settings_of
 from tests.families import BLOCKS, build, token_ids
 
 # Family -> path of the blocks, what is outside of them, and the leaves of one in the order in which they read.
@@ -242,7 +242,7 @@ def test_a_dense_plan_folds_nothing(dense: Callable[..., Path], tmp_path: Path) 
     for objective in ("whiten", "anchored", "plain"):
         settings = settings_of(keep=1.0, objective=objective, refine="both")
         plan = make_plan(Checkpoint.open(dense("llama")), settings)
-        assert fold(plan, None, device=CPU, dtype="float32") == Folded()
+        assert fold(plan, None) == Folded()
         compress(dense("llama"), tmp_path / objective, settings)
         before, after = (load_file(p / "model.safetensors") for p in (dense("llama"), tmp_path / objective))
         assert before.keys() == after.keys()

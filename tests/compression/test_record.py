@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from cli.main import lowrank
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
+from lowrank_kit.compression.calibration import calibrate
 from lowrank_kit.compression.record import command_line
-from lowrank_kit.compression.run import calibrate, compress
+from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.texts import draw_texts
 from lowrank_kit.evaluation.perplexity import perplexity

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from lowrank_kit.checkpoint import writer
 from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.compression.run import calibrate, compress
+from lowrank_kit.compression.calibration import calibrate
+from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.texts import Texts, draw_texts
 from lowrank_kit.data.blocks import token_blocks
@@ -167,7 +168,7 @@ def test_what_else_is_in_the_folder(tiny_llama_folder: Path, tmp_path: Path) -> 
     shards = {name for name in made if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)}
     assert len(shards) > 1
     assert made - shards == {
-        *("config.json", "model.safetensors.index.json", "compression.json", "README.md"),
+        *("config.json", "model.safetensors.index.json", "compression.json", "compression.jsonl", "README.md"),
         *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "out")]

@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.compression.run import calibrate, compress
+from lowrank_kit.compression.calibration import calibrate
+from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.data.answers import DEFAULT_TEMPLATE, IGNORED, AnswerTokens, answer_tokens
 from lowrank_kit.data.chat import load_chat

@@ -1,0 +1,165 @@
+"""Grams of what matrices read, gathered while a text flows through one block, or through what is outside of them.
+
+Shape legend: N tokens, I in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_kit.compression.chain import Chain, read_input
+from lowrank_kit.compression.statistics import adder, reading
+from lowrank_kit.compression.streams import Stream
+from lowrank_kit.errors import LowRankError
+from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
+from lowrank_kit.matrices import Matrix
+
+# Sequences at a time where logits are made: those of a large vocabulary take more than anything else.
+HEAD_BATCH = 1
+_MORE_TEXT = "more text: --calibration-blocks; or --objective plain, which needs none"
+
+
+@dataclass(frozen=True)
+class Grams:
+    """`Matrix.shares_input` -> Gram [I, I] in float64 on the CPU.
+
+    Args:
+        calibration: on the calibration text, what factors are made for.
+        check: on the check text, what errors are measured with.
+    """
+
+    calibration: Mapping[str, Tensor] = field(default_factory=dict)
+    check: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def grams_while(
+    run: Callable[[], None], owner: nn.Module, matrices: Iterable[Matrix], prefix: str
+) -> dict[str, Tensor]:
+    """Grams of the inputs of matrices while something runs.
+
+    Args:
+        run: what runs.
+        owner: module that holds the matrices.
+        matrices: whose inputs are wanted; those that share one have one Gram.
+        prefix: of the matrices' names, before their path in the owner.
+
+    Raises:
+        LowRankError: NaN or Inf in an input, or an input that is never read.
+    """
+    readers = {matrix.shares_input: matrix.name for matrix in matrices}
+    grams: dict[str, Tensor] = {}
+    hooks = {name.removeprefix(prefix): adder(grams, key, f"the input of {name}") for key, name in readers.items()}
+    with reading(owner, hooks):
+        run()
+    return collected(grams, readers)
+
+
+def collected(grams: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """Whole Grams on the CPU, of those whose upper triangle has been gathered.
+
+    Args:
+        grams: key -> Gram.
+        wanted: key of each that has to be there -> name of its matrix.
+
+    Raises:
+        LowRankError: one is not there.
+    """
+    if unread := [name for key, name in wanted.items() if key not in grams]:
+        raise LowRankError(
+            f"the calibration text does not reach {unread[0]}, nor {len(unread) - 1} others of {len(wanted)}",
+            hint=_MORE_TEXT,
+        )
+    return {key: mirrored(gram).cpu() for key, gram in grams.items()}
+
+
+def grams_before(chain: Chain, matrices: Iterable[Matrix], ids_NT: Tensor) -> dict[str, Tensor]:
+    """Grams of matrices that are run before the first block."""
+
+    def run() -> None:
+        for _ in chain.enter(ids_NT):
+            pass
+
+    with chain.outside(), torch.no_grad():
+        return grams_while(run, chain.model, matrices, "")
+
+
+def grams_after(chain: Chain, matrices: Iterable[Matrix], ids_NT: Tensor, stream: Stream) -> dict[str, Tensor]:
+    """Grams of matrices that are run after the last block, for the streams that it gave."""
+
+    def run() -> None:
+        with torch.no_grad():
+            for rows, batch in stream.batches(HEAD_BATCH):
+                chain.leave(ids_NT[rows], batch)
+
+    with chain.outside():
+        return grams_while(run, chain.model, matrices, "")
+
+
+def loss_after(chain: Chain, ids_NT: Tensor, stream: Stream) -> float:
+    """Cross-entropy of the next token in nats, for what the last block gave; what is outside has to be there.
+
+    Raises:
+        LowRankError: it is not finite.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for rows, batch in stream.batches(HEAD_BATCH):
+        with torch.no_grad():
+            logits_TV = chain.leave(ids_NT[rows], batch)[:, :-1].flatten(0, 1).float()
+        labels_T = ids_NT[rows, 1:].flatten().to(logits_TV.device, torch.int64)
+        total += nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum").double().cpu()
+    if not total.isfinite():
+        raise LowRankError(
+            f"the loss of {chain.model.name_or_path or type(chain.model).__name__} on the check text is {total.item()}",
+            hint="look for NaN or Inf in the weights, or try --dtype float32",
+        )
+    return total.item() / (ids_NT.numel() - len(ids_NT))
+
+
+def in_order(chain: Chain, index: int, block: nn.Module, matrices: Iterable[Matrix], stream: Stream) -> list[list[str]]:
+    """Names of matrices, those with one input together, as a block comes to them."""
+    prefix = f"{chain.paths[index]}."
+    groups: dict[str, list[str]] = {}
+    for matrix in matrices:
+        groups.setdefault(matrix.shares_input, []).append(matrix.name)
+    seen: list[str] = []
+    hooks = {group[0].removeprefix(prefix): lambda x, key=key: seen.append(key) for key, group in groups.items()}
+    with reading(block, hooks), torch.no_grad():
+        chain.run(index, block, stream.rows(slice(0, chain.batch_size)))
+    if unread := [group[0] for key, group in groups.items() if key not in seen]:
+        raise LowRankError(f"the calibration text does not reach {unread[0]}", hint=_MORE_TEXT)
+    return [groups[key] for key in dict.fromkeys(seen)]
+
+
+def changed_grams(
+    chain: Chain, index: int, blocks: tuple[nn.Module, nn.Module], reader: str, streams: tuple[Stream, Stream]
+) -> tuple[Tensor, Tensor]:
+    """Y Y^T and X Y^T of what a matrix reads in the dense block (X) and in the compressed one (Y), [I, I] float64.
+
+    Args:
+        chain, index: which block.
+        blocks: dense and compressed.
+        reader: name of the matrix.
+        streams: what the two blocks read.
+    """
+    path = reader.removeprefix(f"{chain.paths[index]}.")
+    gram = cross = None
+    read = (read_input(chain, index, block, path, stream) for block, stream in zip(blocks, streams, strict=True))
+    for x, y in zip(*read, strict=True):
+        x_NI, y_NI = at_least_float32(x.flatten(0, -2)), at_least_float32(y.flatten(0, -2))
+        if gram is None or cross is None:
+            gram = zero_gram(y_NI.shape[1], y.device)
+            cross = torch.zeros_like(gram)
+        add_gram_(gram, y_NI)
+        cross += x_NI.mT @ y_NI
+    assert gram is not None
+    assert cross is not None
+    if not (gram.diagonal().isfinite().all() and cross.isfinite().all()):
+        raise LowRankError(
+            f"NaN or Inf in the input of {reader} of the compressed model",
+            hint="a higher budget, or --objective whiten",
+        )
+    return mirrored(gram).cpu(), cross.cpu()

@@ -1,0 +1,292 @@
+"""What allocations and objectives want to know of a model before any rank is decided, section by section on disk.
+
+Shape legend: B sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.writer import write_tensors
+from lowrank_kit.compression.allocation import Evidence
+from lowrank_kit.compression.calibration import dense_objective
+from lowrank_kit.compression.chain import Chain
+from lowrank_kit.compression.evidence import refuse_non_finite
+from lowrank_kit.compression.gather import HEAD_BATCH, collected, grams_while
+from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
+from lowrank_kit.compression.progress import Progress
+from lowrank_kit.compression.sections import AFTER, BEFORE, Section
+from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.compression.statistics import adder, reading_gradients, sampled_loss
+from lowrank_kit.compression.streams import Held, Stream, new_stream
+from lowrank_kit.linalg.factor import Factors, tail_scores
+
+# Leaves of the names in a section's file.
+EVIDENCE, GRADIENTS, FACTORS = "evidence", "output_gram", ("B", "A", "singular_values")
+
+
+class SurveyFiles:
+    """What a survey has found, read section by section.
+
+    Args:
+        folder: of its files.
+        sections: of the model.
+        needed: of `evidence_needed`.
+    """
+
+    def __init__(self, folder: Path, sections: Sequence[Section], needed: str) -> None:
+        self.folder, self.needed = folder, needed
+        self.paths = {section.path: folder / f"{section.index:05d}.safetensors" for section in sections}
+
+    def has(self, section: Section) -> bool:
+        """Whether a section is done."""
+        return self.paths[section.path].exists()
+
+    def factors(self, section: str) -> dict[str, Factors]:
+        """Name of a matrix -> its nested factors; empty where they were not kept."""
+        found = self._read(section, FACTORS)
+        names = dict.fromkeys(name for name, _ in found)
+        return {name: Factors(*(found[name, leaf] for leaf in FACTORS)) for name in names}
+
+    def output_grams(self, section: str) -> dict[str, Tensor]:
+        """Name of a matrix -> Gram of the gradients of its outputs; empty where they were not kept."""
+        return {name: gram.double() for (name, _), gram in self._read(section, (GRADIENTS,)).items()}
+
+    @cached_property
+    def evidence(self) -> dict[str, Evidence]:
+        """Of every matrix."""
+        field = {"inputs": "weighted_values", "loss": "loss_scores"}[self.needed]
+        return {
+            name: Evidence(**{field: values})
+            for section in self.paths
+            for (name, _), values in self._read(section, (EVIDENCE,)).items()
+        }
+
+    def _read(self, section: str, leaves: Sequence[str]) -> dict[tuple[str, str], Tensor]:
+        found: dict[tuple[str, str], Tensor] = {}
+        with safe_open(self.paths[section], framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                name, _, leaf = key.rpartition("|")
+                if leaf in leaves:
+                    found[name, leaf] = file.get_tensor(key).clone()
+        return found
+
+
+class Survey:
+    """A pass over the dense model; with curvature one forward and one backward.
+
+    Args:
+        checkpoint: of the dense model.
+        settings: with nothing left open.
+        needed: of `evidence_needed`: "inputs", "loss", or another where only the objective asks for curvature.
+        chain: its blocks.
+        sections: of the model.
+        ids: int [N, T], calibration text.
+        folder: where what is found is kept.
+        spill: folder for activations; None keeps them in memory.
+        progress: is told of each matrix and section.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: CompressSettings,
+        needed: str,
+        *,
+        chain: Chain,
+        sections: Sequence[Section],
+        ids: Tensor,
+        folder: Path,
+        spill: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.checkpoint, self.settings, self.needed, self.chain = checkpoint, settings, needed, chain
+        self.sections, self.ids, self.spill, self.progress = sections, ids, spill, progress or Progress()
+        self.files = SurveyFiles(folder, sections, needed)
+        self.objective = dense_objective(settings.objective)
+        self.sequential = OBJECTIVES[settings.objective].sequential
+
+    def run(self) -> SurveyFiles:
+        """Find what is not found yet.
+
+        Raises:
+            LowRankError: NaN or Inf in a matrix, an activation, a logit or a gradient.
+        """
+        done = sum(self.files.has(section) for section in self.sections)
+        if done < len(self.sections):
+            with self.progress.stage("survey", len(self.sections), done):
+                if self.settings.needs_curvature:
+                    self._backward()
+                else:
+                    self._forward()
+        return self.files
+
+    # With the inputs alone
+
+    def _forward(self) -> None:
+        before, *blocks, after = self.sections
+        self._outside(before, self._enter)
+        stream = self._entered("survey")
+        for section in blocks:
+            with self.chain.inside(section.index - 1):
+                stream = self._through(section, stream)
+            stream.settle()
+        self._outside(after, lambda: self._leave(stream))
+
+    def _outside(self, section: Section, run: Callable[[], None]) -> None:
+        grams: dict[str, Tensor] = {}
+        if section.stored and not self.files.has(section):
+            with self.chain.outside(), torch.no_grad():
+                grams = grams_while(run, self.chain.model, section.matrices, section.prefix)
+        self._keep(section, grams, {})
+
+    def _through(self, section: Section, stream: Stream) -> Stream:
+        """The stream behind a block."""
+        index, block, given = section.index - 1, self.chain.block(section.index - 1), []
+
+        def run() -> None:
+            given.append(self.chain.run_all(index, block, stream))
+
+        if self.files.has(section):
+            run()
+        else:
+            self._keep(section, grams_while(run, block, section.matrices, section.prefix), {})
+        return given[0]
+
+    def _enter(self) -> None:
+        for _ in self.chain.enter(self.ids):
+            pass
+
+    def _leave(self, stream: Stream) -> None:
+        for rows, batch in stream.batches(HEAD_BATCH):
+            self.chain.leave(self.ids[rows], batch)
+
+    # With the gradients
+
+    def _backward(self) -> None:
+        """Inputs of all blocks forward, then gradients backward; each block is run once more for its own."""
+        before, *blocks, after = self.sections
+        places = [self._entered("survey")]
+        for section in blocks:
+            index = section.index - 1
+            with self.chain.inside(index):
+                stream = places[-1].copy(f"survey-{index}") if isinstance(places[-1], Held) else places[-1]
+                places.append(self.chain.run_all(index, self.chain.block(index), stream))
+        gradients = self._gradients_of_head(after, places.pop())
+        for section in reversed(blocks):
+            index = section.index - 1
+            with self.chain.inside(index):
+                gradients = self._gradients_of_block(section, places.pop(), gradients)
+        self._gradients_of_entry(before, gradients)
+
+    def _gradients_of_head(self, section: Section, stream: Stream) -> Stream:
+        generator = torch.Generator().manual_seed(self.settings.seed)
+
+        def back() -> Iterator[Tensor]:
+            for rows, batch in stream.batches(HEAD_BATCH):
+                hidden = batch.to(self.chain.device).requires_grad_(True)
+                sampled_loss(self.chain.leave(self.ids[rows], hidden), generator).backward()
+                assert hidden.grad is not None
+                yield hidden.grad.cpu()
+
+        with self.chain.outside():
+            place = len(self.chain.paths)
+            return self._watched(
+                section, self.chain.model, lambda: new_stream(self.spill, "gradient", back(), len(self.ids), place)
+            )
+
+    def _gradients_of_block(self, section: Section, stream: Stream, gradients: Stream) -> Stream:
+        index, inputs = section.index - 1, stream.batches(self.chain.batch_size)
+        block = self.chain.block(index)
+
+        def back(gradient_BTD: Tensor) -> Tensor:
+            _, batch = next(inputs)
+            hidden = batch.to(self.chain.device).requires_grad_(True)
+            self.chain.run(index, block, hidden).backward(gradient_BTD.to(self.chain.device))
+            assert hidden.grad is not None
+            return hidden.grad.cpu()
+
+        return self._watched(section, block, lambda: gradients.advance(back, self.chain.batch_size, index))
+
+    def _gradients_of_entry(self, section: Section, gradients: Stream) -> None:
+        if not section.stored:
+            self._keep(section, {}, {})
+            return
+
+        def run() -> Stream:
+            batches = gradients.batches(self.chain.batch_size)
+            for entered, (_, gradient) in zip(self.chain.enter(self.ids), batches, strict=True):
+                entered.backward(gradient)
+            return gradients
+
+        embeddings = self.chain.model.get_input_embeddings()
+        with self.chain.outside(), ExitStack() as stack:
+            stack.callback(embeddings.register_forward_hook(lambda *args: args[2].detach().requires_grad_(True)).remove)
+            self._watched(section, self.chain.model, run)
+
+    def _watched(self, section: Section, owner: nn.Module, run: Callable[[], Stream]) -> Stream:
+        """What `run` gives; Grams of inputs and of gradients are gathered meanwhile, unless that is done."""
+        if self.files.has(section):
+            return run()
+        outputs: dict[str, Tensor] = {}
+        hooks = {section.inside(m.name): adder(outputs, m.name, f"the gradient of {m.name}") for m in section.matrices}
+        given: list[Stream] = []
+        with reading_gradients(owner, hooks):
+            grams = grams_while(lambda: given.append(run()), owner, section.matrices, section.prefix)
+        self._keep(section, grams, collected(outputs, {name: name for name in section.stored}))
+        given[0].settle()
+        return given[0]
+
+    # What is kept
+
+    def _keep(self, section: Section, grams: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        if self.files.has(section):
+            return
+        found: dict[str, Tensor] = {}
+        for name, stored in section.stored.items():
+            self.progress.matrix(name)
+            ((on_disk, tensor),) = self.checkpoint.tensors(stored.tensors)
+            refuse_non_finite(self.checkpoint, on_disk, tensor)
+            known = Statistics(
+                tokens=self.ids.numel(), gram=grams[stored.matrix.shares_input], output_gram=outputs.get(name)
+            )
+            for leaf, value in self._of_matrix(stored.weight(tensor), known, section).items():
+                found[f"{name}|{leaf}"] = value
+        write_tensors(self.files.paths[section.path], found)
+        self.progress.section(section.path)
+
+    def _of_matrix(self, W_OI: Tensor, known: Statistics, section: Section) -> dict[str, Tensor]:
+        """Evidence, and what the folding would have to find once more."""
+        options, objective = self.settings.options, OBJECTIVES[self.objective]
+        found: dict[str, Tensor] = {}
+        cut_in_turn = self.sequential and section.path not in (BEFORE, AFTER)
+        if self.needed == "inputs":
+            found[EVIDENCE] = OBJECTIVES["whiten"].factorize(W_OI, known, options).singular_values
+        if self.needed == "loss" or not cut_in_turn:
+            factors = objective.factorize(W_OI, known, options)
+            if self.needed == "loss":
+                assert known.gram is not None
+                assert known.output_gram is not None
+                scores = tail_scores(factors, known.gram, known.output_gram) / (2 * known.tokens**2)
+                found[EVIDENCE] = scores.clamp(min=0)
+            if not cut_in_turn:
+                single = factors.float32()
+                found |= {leaf: getattr(single, leaf) for leaf in FACTORS}
+        if cut_in_turn and "output_gram" in OBJECTIVES[self.settings.objective].needs:
+            assert known.output_gram is not None
+            found[GRADIENTS] = known.output_gram.float()
+        return found
+
+    # Streams
+
+    def _entered(self, name: str) -> Stream:
+        with self.chain.outside(), torch.no_grad():
+            return new_stream(self.spill, name, self.chain.enter(self.ids), len(self.ids))

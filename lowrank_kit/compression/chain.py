@@ -188,10 +188,8 @@ class Chain:
         try:
             with self._standing_in(note), torch.no_grad():
                 self._forward(ids_BT)
-        # What a model does with an output that it does not expect is its own affair.
-        except Exception as error:
-            if isinstance(error, NoChainError):
-                raise
+        # What a model does with an output that it does not expect.
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             self._refuse(f"stops when its blocks are run apart ({type(error).__name__}: {error})")
         if order != self.paths:
             self._refuse(f"runs {', '.join(order)}, not {', '.join(self.paths)}")

@@ -133,15 +133,17 @@ class Fold:
         """
         if self.chain is None:
             for section in self.sections:
-                if not done.has(section):
+                if section.stored and not done.has(section):
                     yield section, self._outside(section, self._grams_known(section))
             return
         before, *blocks, after = self.sections
         if done.has(after):
             return
-        begun = done.get(before) if done.has(before) else self._outside(before, self._grams_before(before))
-        if not done.has(before):
-            yield before, begun
+        begun = Folded()
+        if done.has(before):
+            begun = done.get(before)
+        elif before.stored:
+            yield before, (begun := self._outside(before, self._grams_before(before)))
         for section in self._from_where_it_stopped(blocks, begun, done):
             with self.chain.inside(section.index - 1):
                 found = done.get(section) if done.has(section) else None
@@ -257,9 +259,8 @@ class Fold:
             output_gram=output_gram,
         )
         with timed(self.seconds, "factorize"):
-            factors = OBJECTIVES[objective].factorize(
-                weight_of(self.plan.checkpoint, self.planned[name]), known, self.plan.settings.options
-            )
+            weight = weight_of(self.plan.checkpoint, self.planned[name])
+            factors = OBJECTIVES[objective].factorize(weight, known, self.plan.settings.options)
         return factors, time.perf_counter() - started
 
     def _cut(self, section: Section, name: str, factors: Factors, grams: Grams, spent: float) -> Piece:

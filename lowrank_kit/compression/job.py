@@ -12,7 +12,7 @@ import torch
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.partial import PartialModel
 from lowrank_kit.compression.allocation import Evidence
-from lowrank_kit.compression.calibration import Calibration, calibrate, draw, inputs_evidence, loss_evidence
+from lowrank_kit.compression.calibration import Calibration, calibrate, draw, inputs_evidence, loss_evidence, timed
 from lowrank_kit.compression.chain import Chain, NoChainError, block_paths
 from lowrank_kit.compression.evidence import foldable, weight_evidence
 from lowrank_kit.compression.fold import Fold, Folded
@@ -131,7 +131,7 @@ class Job:
         chain = self.chain
         if chain is not None and self.calibration is None and (self.needed in ("inputs", "loss") or self._curved):
             assert self.texts is not None
-            self.survey = Survey(
+            survey = Survey(
                 self.checkpoint,
                 self.settings,
                 self.needed,
@@ -141,7 +141,9 @@ class Job:
                 folder=self.work.survey,
                 spill=spill,
                 progress=self.progress,
-            ).run()
+            )
+            with timed(self.seconds, "survey"):
+                self.survey = survey.run()
         if self.needed == "nothing":
             return None
         if self.needed == "weights":
@@ -184,16 +186,16 @@ class Job:
                 kept.keep(section, made)
                 self.progress.section(section.path, rows_of(made))
         if planned and self.settings.refine in ("e2e", "both"):
-            self._refine(plan, kept, sections)
+            self._refine(plan, kept, len(sections))
         return kept
 
-    def _refine(self, plan: Plan, kept: Kept, sections: list[Section]) -> None:
-        whole = Section(len(sections), "end to end", {})
-        kept.sections.append(whole)
+    def _refine(self, plan: Plan, kept: Kept, index: int) -> None:
+        whole = Section(index, "end to end", {})
+        kept.add(whole)
         if kept.has(whole):
             return
         assert self.texts is not None
-        folded = [kept.get(section) for section in sections]
+        folded = [kept.get(section) for section in kept.sections]
         made = refine_whole(plan, folded, self.texts, device=self.device, seconds=self.seconds)
         kept.keep(whole, made)
 

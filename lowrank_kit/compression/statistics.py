@@ -101,7 +101,7 @@ def output_grams(
     generator = torch.Generator().manual_seed(seed)
     with _gradients_of(model, {name: adder(grams, name, f"the gradient of {name}") for name in names}):
         for ids in _batches(model, blocks, batch_size, "curvature"):
-            sampled_loss(model(input_ids=ids, use_cache=False).logits, generator).backward()
+            sampled_loss(model, model(input_ids=ids, use_cache=False).logits, generator).backward()
     missing = [name for name in names if name not in grams]
     if missing:
         raise LowRankError(
@@ -110,8 +110,8 @@ def output_grams(
     return _whole(grams)
 
 
-def sampled_loss(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
-    """Cross-entropy, summed, of tokens drawn from the predictions themselves.
+def sampled_loss(model: PreTrainedModel, logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy, summed, of tokens drawn from a model's own predictions.
 
     Raises:
         LowRankError: NaN or Inf in the logits.
@@ -119,7 +119,7 @@ def sampled_loss(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
     log_p_NV = logits_BTV.flatten(0, 1).float().log_softmax(-1)
     if log_p_NV.isnan().any():
         raise LowRankError(
-            "NaN or Inf in the logits of the model",
+            f"NaN or Inf in the logits of {model.name_or_path or type(model).__name__}",
             hint="look for NaN or Inf in the weights of its head, or try --dtype float32",
         )
     drawn_N = torch.multinomial(log_p_NV.detach().exp().cpu(), 1, generator=generator).to(log_p_NV.device)

@@ -47,8 +47,8 @@ class SurveyFiles:
         self.paths = {section.path: folder / f"{section.index:05d}.safetensors" for section in sections}
 
     def has(self, section: Section) -> bool:
-        """Whether a section is done."""
-        return self.paths[section.path].exists()
+        """Whether a section is done, or has nothing to be done."""
+        return not section.stored or self.paths[section.path].exists()
 
     def factors(self, section: str) -> dict[str, Factors]:
         """Name of a matrix -> its nested factors; empty where they were not kept."""
@@ -72,6 +72,8 @@ class SurveyFiles:
 
     def _read(self, section: str, leaves: Sequence[str]) -> dict[tuple[str, str], Tensor]:
         found: dict[tuple[str, str], Tensor] = {}
+        if not self.paths[section].exists():
+            return found
         with safe_open(self.paths[section], framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 name, _, leaf = key.rpartition("|")
@@ -193,7 +195,8 @@ class Survey:
         def back() -> Iterator[Tensor]:
             for rows, batch in stream.batches(HEAD_BATCH):
                 hidden = batch.to(self.chain.device).requires_grad_(True)
-                sampled_loss(self.chain.leave(self.ids[rows], hidden), generator).backward()
+                logits = self.chain.leave(self.ids[rows], hidden)
+                sampled_loss(self.chain.model, logits, generator).backward()
                 assert hidden.grad is not None
                 yield hidden.grad.cpu()
 

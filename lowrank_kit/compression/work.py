@@ -165,7 +165,16 @@ class Kept:
     """
 
     def __init__(self, work: WorkFolder, planned: Mapping[str, PlannedMatrix], sections: Sequence[Section]) -> None:
-        self.work, self.planned, self.sections = work, planned, list(sections)
+        self.work, self.planned, self._sections = work, planned, list(sections)
+
+    @property
+    def sections(self) -> list[Section]:
+        """Those that are done."""
+        return [section for section in self._sections if self.has(section)]
+
+    def add(self, section: Section) -> None:
+        """One more section, after all others."""
+        self._sections.append(section)
 
     def has(self, section: Section) -> bool:
         """Whether a section is done."""

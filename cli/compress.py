@@ -99,7 +99,7 @@ def command(
         from lowrank_kit.compression.preview import preview
         from lowrank_kit.device import resolve_device
 
-        found = preview(Checkpoint.open(model), settings, resolve_device(device))
+        found = preview(Checkpoint.open_headers(model), settings, resolve_device(device))
         emit(found, _plan_text(found), as_json)
         return
     assert output is not None

@@ -3,61 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lowrank_kit.checkpoint.headers import TensorHeader, read_headers
+from lowrank_kit.checkpoint.headers import ShardFile, TensorHeader, headers_by_name, read_shards
+from lowrank_kit.checkpoint.hub import CONFIG_FILE, resolve_config, resolve_model, resolve_shards
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, LowRankConfig
+from lowrank_kit.checkpoint.reading import non_finite, opened, read_tensor, read_whole
 from lowrank_kit.checkpoint.stored import StoredMatrix, disk_names, stored_matrices
 from lowrank_kit.errors import LowRankError, UsageError
 
-CONFIG_FILE = "config.json"
 # What a compression says of itself, in the folder it made.
 REPORT_FILE = "compression.json"
-
-# "name" or "organisation/name", as the hub allows them. Nothing that starts like a path.
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
-
-# Weights, config, tokenizer: no pickles, no code, no copies in other formats.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-HUB_IGNORED = ["*/*", "consolidated*"]
-
-
-def resolve_model(model: str) -> Path:
-    """The folder of a model: the folder itself, or a snapshot of a model on the hub.
-
-    Args:
-        model: a folder, or a hub id such as "gpt2" or "Qwen/Qwen3-0.6B".
-
-    Raises:
-        UsageError: neither.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UsageError(f"{model} is a file, a model is a folder", hint=f"give its folder: {path.parent}")
-    if not HUB_ID.fullmatch(model):
-        raise UsageError(f"no such model folder: {model}", hint="give a folder that save_pretrained wrote, or a hub id")
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
-    # Offline, not found, private, disk full: the hub client has no common base class, and the user one question.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(
-            f"no such model folder, and not to be had from the hub: {model} ({reason})",
-            hint="check the path; a private model needs `hf auth login`; offline, only models in the cache are found",
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -67,23 +33,49 @@ class Checkpoint:
     Args:
         path: the folder.
         config: its config.json.
-        headers: tensor name -> header, in shard order.
+        shards: file -> its size, time of change and headers, as they were when it was opened.
     """
 
     path: Path
     config: dict[str, Any]
-    headers: dict[str, TensorHeader]
+    shards: dict[str, ShardFile]
 
     @classmethod
     def open(cls, model: Path | str) -> Checkpoint:
         """Open a folder or a hub id.
 
         Raises:
-            UsageError: no such model, no config.json, no safetensors.
+            UsageError: no such model, no config.json, no safetensors, an architecture that transformers has not.
             LowRankError: damaged files, found before any work.
         """
+        _read_config(resolve_config(str(model)))  # refuses much before weights are downloaded
         path = resolve_model(str(model))
-        return cls(path, _read_config(path), read_headers(path))
+        return cls(path, _read_config(path), read_shards(path))
+
+    @classmethod
+    def open_headers(cls, model: Path | str) -> Checkpoint:
+        """Open a folder or a hub id for its headers; what is not in the cache is not downloaded.
+
+        Raises:
+            As `open`.
+        """
+        path = resolve_config(str(model))
+        return cls(path, _read_config(path), resolve_shards(str(model), path))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the tensors can be read: not of a model on the hub of which the headers alone were."""
+        return all(shard.mtime_ns is not None for shard in self.shards.values())
+
+    @cached_property
+    def headers(self) -> dict[str, TensorHeader]:
+        """Tensor name -> header, in shard order."""
+        return headers_by_name(self.shards.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all shards together."""
+        return sum(shard.nbytes for shard in self.shards.values())
 
     def meta_model(self) -> PreTrainedModel:
         """The dense causal LM of config.json on the meta device: all names and shapes, no memory. Built once.
@@ -136,13 +128,14 @@ class Checkpoint:
         return disk_names(self.meta_model(), self.headers)
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Read tensors in shard order, one shard open at a time.
+        """Read tensors in shard order, one shard open at a time, each into memory of its own.
 
         Args:
             names: the wanted ones; None for all.
 
         Raises:
             KeyError: a wanted name is not in the checkpoint.
+            LowRankError: a shard is gone or has changed since the checkpoint was opened, or torch lacks a dtype.
         """
         wanted = dict.fromkeys(self.headers if names is None else names)
         unknown = [name for name in wanted if name not in self.headers]
@@ -153,9 +146,38 @@ class Checkpoint:
             if name in wanted:
                 by_file.setdefault(header.file, []).append(name)
         for file, here in by_file.items():
-            with safe_open(self.path / file, framework="pt") as shard:
+            path, shard = self.path / file, self.shards[file]
+            with opened(path, shard) as stream:
                 for name in here:
-                    yield name, shard.get_tensor(name)
+                    yield name, read_tensor(stream, path, shard, self.headers[name])
+
+    def verify(self) -> dict[str, str]:
+        """Read every shard once, from beginning to end, with one tensor in memory.
+
+        Returns:
+            File -> SHA-256 of it.
+
+        Raises:
+            LowRankError: NaN or Inf in a tensor, or a shard is gone or has changed since the checkpoint was opened.
+        """
+        with tqdm(total=self.nbytes, desc="verify", unit="B", unit_scale=True, disable=None) as bar:
+            return {
+                file: read_whole(self.path / file, shard, partial(refuse_non_finite, self), bar.update)
+                for file, shard in self.shards.items()
+            }
+
+
+def refuse_non_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with a number that is none.
+
+    Raises:
+        LowRankError: NaN or Inf, with how many.
+    """
+    if count := non_finite(tensor):
+        raise LowRankError(
+            f"{checkpoint.path}: NaN or Inf in {name}: {count:,} of {tensor.numel():,} numbers",
+            hint="train or download the model again; nothing was written",
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -170,4 +192,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise LowRankError(f"{path}: not valid JSON: {error}", hint="download or copy it again") from error
     if not isinstance(config, dict):
         raise LowRankError(f"{path}: a JSON object is expected, found {type(config).__name__}")
+    _refuse_unknown(path, config)
     return config
+
+
+def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
+    """An architecture that transformers has not, whether or not the folder brings code for it."""
+    model_type, code = config.get("model_type"), config.get("auto_map")
+    if not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
+        return  # without a type transformers goes by the folder's name; with a type of its own it needs no code
+    lacking = f"transformers {transformers.__version__} has no model_type {model_type!r}"
+    if code:
+        names = ", ".join(map(str, code.values())) if isinstance(code, dict) else str(code)
+        raise UsageError(
+            f"{path}: asks for code of its own (auto_map: {names}), and {lacking}",
+            hint="code of a model folder is never run: use a version of transformers that has this architecture",
+        )
+    raise UsageError(f"{path}: {lacking}", hint="a newer transformers may have it: pip install -U transformers")

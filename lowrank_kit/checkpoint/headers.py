@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,27 +34,65 @@ DTYPE_BITS = {
 }
 
 _COPY_AGAIN = "the file is damaged or incomplete: download or copy it again"
+_BOTH_AGAIN = "index and shards come from different versions: download or copy both again"
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor on disk: its name, dtype (safetensors' word, e.g. "BF16"), shape, shard file and size."""
+    """One tensor on disk.
+
+    Args:
+        name: its name.
+        dtype: safetensors' word, e.g. "BF16".
+        shape: its shape.
+        file: the shard.
+        nbytes: its size.
+        offset: of its first byte in the file.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
     nbytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard as it was when its header was read.
+
+    Args:
+        file: its name.
+        nbytes: its size.
+        mtime_ns: when it was last changed; None if only its header is here, and the file on the hub.
+        headers: its tensors, in the order of their bytes.
+    """
+
+    file: str
+    nbytes: int
+    mtime_ns: int | None
+    headers: tuple[TensorHeader, ...]
 
 
 def read_headers(folder: Path | str) -> dict[str, TensorHeader]:
+    """Tensor name -> header, of what `read_shards` reads and in its order."""
+    return headers_by_name(read_shards(folder).values())
+
+
+def headers_by_name(shards: Iterable[ShardFile]) -> dict[str, TensorHeader]:
+    """Tensor name -> header, shard by shard."""
+    return {header.name: header for shard in shards for header in shard.headers}
+
+
+def read_shards(folder: Path | str) -> dict[str, ShardFile]:
     """Read and check the headers of every shard of a checkpoint.
 
     Args:
         folder: a model folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards.
 
     Returns:
-        Tensor name -> header, shard by shard in file-name order and in the order of the bytes within a shard.
+        File -> shard, in the order of the file names.
 
     Raises:
         UsageError: the folder holds no safetensors model.
@@ -62,9 +101,13 @@ def read_headers(folder: Path | str) -> dict[str, TensorHeader]:
     folder = Path(folder)
     # `model.safetensors` first: the order in which transformers looks.
     if (folder / SINGLE_FILE).is_file():
-        return {header.name: header for header in _read_shard(folder, SINGLE_FILE)}
+        return {SINGLE_FILE: _read_shard(folder, SINGLE_FILE)}
     if (folder / INDEX_FILE).is_file():
-        return _read_shards(folder, _read_index(folder))
+        weight_map = read_index(folder)
+        files = shard_files(folder, weight_map, lambda file: os.path.isfile(folder / file))
+        shards = {file: _read_shard(folder, file) for file in files}
+        check_against_index(folder, shards.values(), weight_map)
+        return shards
     raise UsageError(
         f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} in this folder", hint=_no_safetensors_hint(folder)
     )
@@ -79,12 +122,37 @@ def _no_safetensors_hint(folder: Path) -> str:
         )
     if (folder / "adapter_model.safetensors").is_file():
         return "this is an adapter: merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
+    if folder.parent.name == "snapshots":
+        return "only a part of this model is in the cache: once again with a network"
     return "give the folder that save_pretrained wrote"
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """`weight_map` of the index: tensor name -> shard file, every name checked to stay inside the folder."""
+def refuse_link_out(folder: Path, file: str) -> None:
+    """Refuse a file that is a symbolic link out of the model's folder, but for those the cache of the hub is made of.
+
+    Raises:
+        LowRankError: it is one, with where it leads.
+    """
+    home, target = (Path(os.path.realpath(path)) for path in (folder, folder / file))
+    roots = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        # snapshots/COMMIT/FILE -> ../../blobs/SHA, which may itself lead to a store that all repositories share.
+        roots += [Path(os.path.realpath(above / "blobs")) for above in home.parents[1:3]]
+    if not any(target.is_relative_to(root) for root in roots):
+        raise LowRankError(
+            f"{folder / file}: a symbolic link out of the model's folder, to {target}",
+            hint="copy the file into the folder, if you know who made the link",
+        )
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """`weight_map` of the index: tensor name -> shard file, every name checked to stay inside the folder.
+
+    Raises:
+        LowRankError: damaged, or a name that leads out of the folder.
+    """
     path = folder / INDEX_FILE
+    refuse_link_out(folder, INDEX_FILE)
     try:
         weight_map = _parse_json(path.read_bytes(), str(path)).get("weight_map")
     except OSError as error:
@@ -101,48 +169,59 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorHeader]:
+def shard_files(where: object, weight_map: Mapping[str, str], exists: Callable[[str], bool]) -> list[str]:
+    """The shards that an index names, in order.
+
+    Raises:
+        LowRankError: some are missing.
+    """
     files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not os.path.isfile(folder / file)]  # False too for a name too long to ask for
-    if missing:
+    if missing := [file for file in files if not exists(file)]:
         raise LowRankError(
-            f"{folder}: {len(missing)} of the {len(files)} shards named in {INDEX_FILE} are missing: {_some(missing)}",
+            f"{where}: {len(missing)} of the {len(files)} shards named in {INDEX_FILE} are missing: {_some(missing)}",
             hint="download or copy the missing files",
         )
-    headers: dict[str, TensorHeader] = {}
-    for file in files:
-        for header in _read_shard(folder, file):
-            if header.name in headers:
-                first = headers[header.name].file
-                raise LowRankError(f"{folder}: tensor {header.name} is in two shards, {first} and {file}")
-            headers[header.name] = header
-    _check_against_index(folder, headers, weight_map)
-    return headers
+    return files
 
 
-def _check_against_index(folder: Path, headers: dict[str, TensorHeader], weight_map: dict[str, str]) -> None:
-    absent = [name for name, file in weight_map.items() if name not in headers or headers[name].file != file]
+def check_against_index(where: object, shards: Iterable[ShardFile], weight_map: Mapping[str, str]) -> None:
+    """See that each tensor is in one shard, the one that the index says.
+
+    Raises:
+        LowRankError: a tensor is in two shards, in another one, or in one of the two only.
+    """
+    file_of: dict[str, str] = {}
+    for shard in shards:
+        for header in shard.headers:
+            if header.name in file_of:
+                raise LowRankError(
+                    f"{where}: tensor {header.name} is in two shards, {file_of[header.name]} and {shard.file}",
+                    hint=_BOTH_AGAIN,
+                )
+            file_of[header.name] = shard.file
+    absent = [name for name, file in weight_map.items() if file_of.get(name) != file]
     if absent:
-        where = f"{absent[0]} is not in {weight_map[absent[0]]}"
+        told = f"{absent[0]} is not in {weight_map[absent[0]]}"
         raise LowRankError(
-            f"{folder}: {len(absent)} of the {len(weight_map)} tensors of {INDEX_FILE} are not where it says: {where}",
-            hint="index and shards come from different versions: download or copy both again",
+            f"{where}: {len(absent)} of the {len(weight_map)} tensors of {INDEX_FILE} are not where it says: {told}",
+            hint=_BOTH_AGAIN,
         )
-    unlisted = [name for name in headers if name not in weight_map]
+    unlisted = [name for name in file_of if name not in weight_map]
     if unlisted:
-        where = f"{unlisted[0]} in {headers[unlisted[0]].file}"
+        told = f"{unlisted[0]} in {file_of[unlisted[0]]}"
         raise LowRankError(
-            f"{folder}: {len(unlisted)} of the {len(headers)} tensors of the shards are not in {INDEX_FILE}: {where}",
-            hint="index and shards come from different versions: download or copy both again",
+            f"{where}: {len(unlisted)} of the {len(file_of)} tensors of the shards are not in {INDEX_FILE}: {told}",
+            hint=_BOTH_AGAIN,
         )
 
 
-def _read_shard(folder: Path, file: str) -> list[TensorHeader]:
-    """Headers of one shard in the order of their bytes; the file's size must be exactly what they add up to."""
+def _read_shard(folder: Path, file: str) -> ShardFile:
     path = folder / file
+    refuse_link_out(folder, file)
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            size = stat.st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise LowRankError(f"{path}: {size} bytes, too short for a safetensors file", hint=_COPY_AGAIN)
@@ -157,20 +236,38 @@ def _read_shard(folder: Path, file: str) -> list[TensorHeader]:
     except OSError as error:
         raise LowRankError(f"{path}: cannot be read: {error}") from error
     table.pop("__metadata__", None)
-    spans = sorted((_span(path, name, entry), name) for name, entry in table.items())
-    end = _check_no_holes(path, spans)
-    if 8 + length + end != size:
+    return checked_shard(path, file, table, begin=8 + length, nbytes=size, mtime_ns=stat.st_mtime_ns)
+
+
+def checked_shard(
+    where: object, file: str, table: Mapping[str, Any], *, begin: int, nbytes: int, mtime_ns: int | None = None
+) -> ShardFile:
+    """A shard from its header; the file's size must be exactly what its tensors add up to.
+
+    Args:
+        where: what errors call it.
+        file, nbytes, mtime_ns: as in `ShardFile`.
+        table: the header, tensor name -> dtype, shape and data_offsets.
+        begin: where the tensors begin in the file.
+
+    Raises:
+        LowRankError: an entry that cannot be, a hole, an overlap, another size.
+    """
+    spans = sorted((_span(where, name, entry), name) for name, entry in table.items())
+    end = _check_no_holes(where, spans)
+    if begin + end != nbytes:
         raise LowRankError(
-            f"{path}: {size} bytes, but its header of {len(table)} tensors asks for {8 + length + end}",
+            f"{where}: {nbytes} bytes, but its header of {len(table)} tensors asks for {begin + end}",
             hint=_COPY_AGAIN,
         )
-    return [
-        TensorHeader(name, table[name]["dtype"], tuple(table[name]["shape"]), file, stop - start)
+    headers = (
+        TensorHeader(name, table[name]["dtype"], tuple(table[name]["shape"]), file, stop - start, begin + start)
         for (start, stop), name in spans
-    ]
+    )
+    return ShardFile(file, nbytes, mtime_ns, tuple(headers))
 
 
-def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+def _span(where: object, name: str, entry: Any) -> tuple[int, int]:
     """First and last + 1 byte of a tensor, checked against its dtype and shape."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
@@ -178,32 +275,32 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
         ):
             pass
         case _:
-            raise LowRankError(f"{path}: tensor {name} has no proper dtype, shape and data_offsets", hint=_COPY_AGAIN)
+            raise LowRankError(f"{where}: tensor {name} has no proper dtype, shape and data_offsets", hint=_COPY_AGAIN)
     if dtype not in DTYPE_BITS:
         raise LowRankError(
-            f"{path}: tensor {name} has the unknown dtype {dtype!r}", hint="a newer safetensors may know it"
+            f"{where}: tensor {name} has the unknown dtype {dtype!r}", hint="a newer safetensors may know it"
         )
     # Within 64 bits, as the library counts: a larger number could not even be printed.
     if not all(type(side) is int and 0 <= side < 2**63 for side in shape) or math.prod(shape) >= 2**63:
-        raise LowRankError(f"{path}: tensor {name} has the shape {shape}", hint=_COPY_AGAIN)
+        raise LowRankError(f"{where}: tensor {name} has the shape {shape}", hint=_COPY_AGAIN)
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if 8 * (stop - start) != bits:
         raise LowRankError(
-            f"{path}: tensor {name} ({dtype} {shape}) needs {math.ceil(bits / 8)} bytes, "
+            f"{where}: tensor {name} ({dtype} {shape}) needs {math.ceil(bits / 8)} bytes, "
             f"its offsets {start}..{stop} hold {stop - start}",
             hint=_COPY_AGAIN,
         )
     return start, stop
 
 
-def _check_no_holes(path: Path, spans: list[tuple[tuple[int, int], str]]) -> int:
+def _check_no_holes(where: object, spans: list[tuple[tuple[int, int], str]]) -> int:
     """The last byte of the data; every tensor must start where the one before it stopped."""
     end = 0
     for (start, stop), name in spans:
         if start != end:
             what = "overlaps the tensor before it" if start < end else "leaves a hole before it"
             raise LowRankError(
-                f"{path}: tensor {name} starts at byte {start}, expected {end}: it {what}", hint=_COPY_AGAIN
+                f"{where}: tensor {name} starts at byte {start}, expected {end}: it {what}", hint=_COPY_AGAIN
             )
         end = stop
     return end

@@ -27,7 +27,9 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     Raises:
         LowRankError: tensors are missing; transformers would fill in random numbers and only warn.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, output_loading_info=True)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
     if missing := sorted(found["missing_keys"]):
         raise LowRankError(
             f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}",
@@ -56,7 +58,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UsageError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Files missing, damaged or of an unknown kind: each tokenizer class has its own exceptions.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

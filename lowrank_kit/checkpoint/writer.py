@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_kit.checkpoint.headers import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorHeader
+from lowrank_kit.checkpoint.reading import described
+from lowrank_kit.report.files import new_file, room_for, sync_folder, write_text
 
 METADATA = {"format": "pt"}
 # What transformers' save_pretrained takes.
@@ -39,7 +43,7 @@ class Shard:
     @property
     def nbytes(self) -> int:
         """Size of the file, header and all."""
-        return shard_bytes(self.headers)
+        return max((header.offset + header.nbytes for header in self.headers), default=shard_bytes(()))
 
 
 # (name, dtype as safetensors says it, shape)
@@ -69,10 +73,18 @@ def plan_shards(groups: Iterable[Sequence[TensorSpec]], *, max_shard_bytes: int 
         names = [SINGLE_FILE]
     else:
         names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    return [
-        Shard(file, tuple(TensorHeader(n, d, shape, file, tensor_bytes(d, shape)) for n, d, shape in specs))
-        for file, specs in zip(names, files, strict=True)
-    ]
+    return [Shard(file, _placed(file, specs)) for file, specs in zip(names, files, strict=True)]
+
+
+def _placed(file: str, specs: Sequence[TensorSpec]) -> tuple[TensorHeader, ...]:
+    """Headers in the order of the specs, at the places in the file that `save_file` would give them."""
+    headers = [TensorHeader(name, d, shape, file, tensor_bytes(d, shape), 0) for name, d, shape in specs]
+    offset = len(file_header(headers))
+    offsets = {}
+    for header in _in_file_order(headers):
+        offsets[header.name] = offset
+        offset += header.nbytes
+    return tuple(replace(header, offset=offsets[header.name]) for header in headers)
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
@@ -80,53 +92,117 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def shard_bytes(headers: Iterable[TensorHeader]) -> int:
-    """Size of the safetensors file that `save_file` makes of these tensors.
+def shard_bytes(headers: Sequence[TensorHeader]) -> int:
+    """Size of the safetensors file that `save_file` makes of these tensors."""
+    return len(file_header(headers)) + sum(header.nbytes for header in headers)
 
-    Eight bytes of length, a compact JSON header padded with spaces to a multiple of eight, the tensors. Their order
-    counts, for the number of digits of the offsets in the header.
+
+def file_header(headers: Iterable[TensorHeader]) -> bytes:
+    """What the safetensors file that `save_file` makes of these tensors begins with.
+
+    Eight bytes of length and a compact JSON object padded with spaces to a multiple of eight.
     """
-    ordered = sorted(headers, key=lambda h: (-DTYPE_ORDER.index(h.dtype), h.name))
     document: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
-    for header in ordered:
+    for header in _in_file_order(headers):
         document[header.name] = {
             "dtype": header.dtype,
             "shape": list(header.shape),
             "data_offsets": [offset, offset + header.nbytes],
         }
         offset += header.nbytes
-    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
-    return 8 + -(-len(text.encode()) // 8) * 8 + offset
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
-def write_shards(folder: Path, shards: list[Shard], fill: Callable[[Shard], dict[str, Tensor]]) -> None:
+def _in_file_order(headers: Iterable[TensorHeader]) -> list[TensorHeader]:
+    return sorted(headers, key=lambda header: (-DTYPE_ORDER.index(header.dtype), header.name))
+
+
+def write_shards(folder: Path, shards: Sequence[Shard], fill: Callable[[Shard], Iterable[tuple[str, Tensor]]]) -> None:
     """Write the shards one after the other, then the index if there are several.
 
     Args:
         folder: an existing folder.
         shards: from `plan_shards`.
-        fill: gives the tensors of a shard by name; they are dropped once written.
+        fill: gives the tensors of a shard, see `write_shard`.
+
+    Raises:
+        LowRankError: the disk is full.
     """
     for shard in shards:
-        tensors = {name: tensor.contiguous() for name, tensor in fill(shard).items()}
-        save_file(tensors, folder / shard.file, metadata=METADATA)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(h.nbytes for shard in shards for h in shard.headers)},
-            "weight_map": {h.name: shard.file for shard in shards for h in shard.headers},
-        }
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        write_shard(folder, shard, fill(shard))
+    write_index(folder, shards)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file that is there whole, also after a crash of the machine, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_shard(folder: Path, shard: Shard, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write one file, byte for byte as `save_file` would; it takes its name when it is whole and on the disk.
+
+    Args:
+        folder: an existing folder.
+        shard: from `plan_shards`.
+        tensors: names and tensors in any order, on any device. Each is written and let go before the next is asked for.
+
+    Raises:
+        ValueError: a tensor is missing, given twice, not planned, or of another dtype or shape than planned.
+        LowRankError: the disk is full.
+    """
+    path = folder / shard.file
+    planned = {header.name: header for header in shard.headers}
+    missing = dict(planned)
+    with new_file(path, shard.nbytes) as stream:
+        stream.write(file_header(shard.headers))
+        for name, tensor in tensors:
+            if name not in missing:
+                raise ValueError(f"{path}: tensor {name} {'came twice' if name in planned else 'is not planned'}")
+            header = missing.pop(name)
+            if described(tensor) != (header.dtype, header.shape):
+                raise ValueError(
+                    f"{path}: tensor {name} is {described(tensor)}, planned was {(header.dtype, header.shape)}"
+                )
+            stream.seek(header.offset)
+            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} of {len(planned)} tensors are missing, first {min(missing)}")
+
+
+def is_written(folder: Path, shard: Shard) -> bool:
+    """Whether the file of a shard is there and whole, by its size and its header; no tensor is read."""
+    header = file_header(shard.headers)
     try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={**METADATA, **(metadata or {})})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with (folder / shard.file).open("rb") as stream:
+            return os.fstat(stream.fileno()).st_size == shard.nbytes and stream.read(len(header)) == header
+    except OSError:
+        return False
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Write the index that says which tensor is in which file; none for a single file."""
+    if len(shards) < 2:
+        return
+    index = {
+        "metadata": {"total_size": sum(h.nbytes for shard in shards for h in shard.headers)},
+        "weight_map": {h.name: shard.file for shard in shards for h in shard.headers},
+    }
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and what is to be known of them; the file takes its name when it is whole and on the disk.
+
+    Raises:
+        LowRankError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with room_for(path, sum(tensor.nbytes for tensor in tensors.values())):
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)

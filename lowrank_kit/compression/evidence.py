@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from tqdm import tqdm
 
-from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.folder import Checkpoint, refuse_non_finite
 from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.compression.allocation import Evidence
-from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.spectrum import singular_values_of_gram
 
 
 def foldable(checkpoint: Checkpoint) -> list[StoredMatrix]:
     """The matrices that can be factorized: all but fused experts."""
     return [stored for stored in checkpoint.matrices() if stored.matrix.expert is None]
-
-
-def refuse_non_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
-    """Refuse a tensor with a number that is none.
-
-    Raises:
-        LowRankError: NaN or Inf, with how many.
-    """
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        count = int((~tensor.isfinite()).sum())
-        raise LowRankError(
-            f"{checkpoint.path}: NaN or Inf in {name}: {count:,} of {tensor.numel():,} numbers",
-            hint="train or download the model again; nothing was written",
-        )
 
 
 def weight_evidence(checkpoint: Checkpoint) -> dict[str, Evidence]:

@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.folder import Checkpoint, refuse_non_finite
 from lowrank_kit.compression.calibration import Calibration, dense_objective, timed
 from lowrank_kit.compression.chain import Chain
-from lowrank_kit.compression.evidence import refuse_non_finite
 from lowrank_kit.compression.flow import Flow, exchanged, twin
 from lowrank_kit.compression.gather import (
     Grams,

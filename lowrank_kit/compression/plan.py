@@ -115,8 +115,6 @@ class Plan:
         matrices_after = sum(m.numbers_after for m in self.matrices)
         before = sum(math.prod(h.shape) for h in self.checkpoint.headers.values())
         after = before - matrices_before + matrices_after
-        files = {h.file for h in self.checkpoint.headers.values()}
-        bytes_before = sum((self.checkpoint.path / file).stat().st_size for file in files)
         bytes_after = sum(shard.nbytes for shard in self.shards)
         return {
             "factorized": sum(m.rank is not None for m in self.matrices),
@@ -127,7 +125,7 @@ class Plan:
             "model_numbers_before": before,
             "model_numbers_after": after,
             "model_keep": after / before,
-            "bytes_before": bytes_before,
+            "bytes_before": self.checkpoint.nbytes,
             "bytes_after": bytes_after,
         }
 

@@ -15,7 +15,7 @@ from lowrank_kit.compression.forecast import forecast
 from lowrank_kit.compression.plan import evidence_needed, make_plan
 from lowrank_kit.compression.settings import CompressSettings
 
-BY_UNIFORM = "ranks as uniform would have them: {allocation} decides by the calibration text, within the same budget"
+BY_UNIFORM = "ranks as uniform would have them: {allocation} decides by {what}, within the same budget"
 
 
 def preview(checkpoint: Checkpoint, settings: CompressSettings, device: torch.device) -> dict[str, Any]:
@@ -35,15 +35,20 @@ def preview(checkpoint: Checkpoint, settings: CompressSettings, device: torch.de
     """
     choice = choose(checkpoint, settings, device)
     needed = evidence_needed(checkpoint, choice.settings)
-    shown = replace(choice.settings, allocation="uniform") if needed in ("inputs", "loss") else choice.settings
-    evidence = _evidence(checkpoint, needed, device)
+    open_still = {"inputs": "the calibration text", "loss": "the calibration text"}
+    if not checkpoint.has_weights:
+        open_still["weights"] = "the weights, which are not downloaded"
+    shown = replace(choice.settings, allocation="uniform") if needed in open_still else choice.settings
+    evidence = _evidence(checkpoint, needed, device) if checkpoint.has_weights else None
     plan = make_plan(checkpoint, shown, evidence)
     return {
         "totals": plan.totals(),
         "matrices": [matrix.row() for matrix in plan.matrices],
         "choice": choice.record(),
         "forecast": forecast(plan.matrices, evidence, choice.settings.refine or "none"),
-        "note": BY_UNIFORM.format(allocation=choice.settings.allocation) if shown is not choice.settings else None,
+        "note": BY_UNIFORM.format(allocation=choice.settings.allocation, what=open_still[needed])
+        if needed in open_still
+        else None,
     }
 
 

@@ -19,7 +19,6 @@ from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.checkpoint.writer import Shard, write_shards
 from lowrank_kit.compression.auto import Choice, choose
 from lowrank_kit.compression.calibration import Calibration
-from lowrank_kit.compression.evidence import refuse_non_finite
 from lowrank_kit.compression.forecast import forecast
 from lowrank_kit.compression.job import Job
 from lowrank_kit.compression.plan import Plan, evidence_needed, output_name
@@ -84,12 +83,13 @@ def compress(
             return work.finish()
         choice = _choice(checkpoint, settings, where, work)
         needed = evidence_needed(checkpoint, choice.settings)
-        for name, tensor in checkpoint.tensors():
-            refuse_non_finite(checkpoint, name, tensor)
+        hashes = checkpoint.verify()
         job = Job(
             checkpoint, choice.settings, needed, work, calibration=calibration, device=where, dtype=resolve_dtype(dtype)
         )
-        work.begin(_fingerprint(checkpoint, settings, job.texts, str(where), dtype), choice.record())
+        work.begin(
+            _fingerprint(hashes | _config_hash(checkpoint), settings, job.texts, str(where), dtype), choice.record()
+        )
         _tell(choice)
         with _spilled(spill, work) as folder:
             plan, evidence = job.plan(folder)
@@ -130,12 +130,12 @@ def _tell(choice: Choice) -> None:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, settings: CompressSettings, texts: Texts | None, device: str, dtype: str
+    files: Mapping[str, str], settings: CompressSettings, texts: Texts | None, device: str, dtype: str
 ) -> dict[str, Any]:
     """All that decides the bytes of the output."""
     found, versions = environment(), (*PACKAGES, "commit", "python")
     return {
-        "files": _hashes(checkpoint),
+        "files": dict(files),
         "settings": asdict(settings),
         "texts": {} if texts is None else {name: blocks.sha256 for name, blocks in texts.sets.items()},
         "device": device,
@@ -144,12 +144,8 @@ def _fingerprint(
     }
 
 
-def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    hashes = {}
-    for name in sorted({CONFIG_FILE, *(header.file for header in checkpoint.headers.values())}):
-        with (checkpoint.path / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+def _config_hash(checkpoint: Checkpoint) -> dict[str, str]:
+    return {CONFIG_FILE: hashlib.sha256((checkpoint.path / CONFIG_FILE).read_bytes()).hexdigest()}
 
 
 @contextmanager
@@ -175,17 +171,18 @@ def _write(plan: Plan, kept: Kept, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _filler(plan: Plan, kept: Kept) -> Callable[[Shard], dict[str, Tensor]]:
+def _filler(plan: Plan, kept: Kept) -> Callable[[Shard], Iterator[tuple[str, Tensor]]]:
     """Gives the tensors of a shard: what was made, in the dtype that was planned, and the rest read from the source."""
     factorized = {m.stored.tensors[0]: m for m in plan.matrices if m.rank is not None}
     source_of = {output_name(name, factorized): name for name in plan.checkpoint.headers}
     made = kept.places(plan)
 
-    def fill(shard: Shard) -> dict[str, Tensor]:
+    def fill(shard: Shard) -> Iterator[tuple[str, Tensor]]:
         names = [header.name for header in shard.headers]
-        filled = dict(kept.read({name: made[name] for name in names if name in made}))
-        wanted: Mapping[str, str] = {source_of[name]: name for name in names if name not in made}
-        return filled | {wanted[name]: tensor for name, tensor in plan.checkpoint.tensors(wanted)}
+        yield from kept.read({name: made[name] for name in names if name in made})
+        wanted = {source_of[name]: name for name in names if name not in made}
+        for source, tensor in plan.checkpoint.tensors(wanted):
+            yield wanted[source], tensor
 
     return fill
 

@@ -14,12 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.folder import Checkpoint, refuse_non_finite
 from lowrank_kit.checkpoint.writer import write_tensors
 from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.calibration import dense_objective
 from lowrank_kit.compression.chain import Chain
-from lowrank_kit.compression.evidence import refuse_non_finite
 from lowrank_kit.compression.gather import HEAD_BATCH, collected, grams_while
 from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
 from lowrank_kit.compression.progress import Progress

@@ -158,10 +158,9 @@ def score(
 
 def sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """Numbers and bytes of a checkpoint on disk."""
-    headers = checkpoint.headers.values()
     return {
-        "parameters": sum(torch.Size(h.shape).numel() for h in headers),
-        "bytes": sum((checkpoint.path / file).stat().st_size for file in {h.file for h in headers}),
+        "parameters": sum(torch.Size(header.shape).numel() for header in checkpoint.headers.values()),
+        "bytes": checkpoint.nbytes,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -11,14 +12,20 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lowrank_kit.errors import UsageError
+from lowrank_kit.errors import LowRankError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PNG_DPI = 150
+# No room on the disk, in the user's share of it, in a file of the largest size allowed: what to do about it.
+_NO_ROOM = {
+    errno.ENOSPC: "make room, or give an output on another disk",
+    errno.EDQUOT: "make room in your quota, or give an output on another disk",
+    errno.EFBIG: "ulimit -f unlimited, or smaller files with --max-shard-bytes",
+}
 
 
 @contextmanager
@@ -32,17 +39,18 @@ def new_folder(path: Path | str) -> Iterator[Path]:
         A temporary folder beside it; moved to `path` at the end, removed on an error.
 
     Raises:
-        UsageError: the path is taken.
+        UsageError: the path is taken, or no folder can be made there.
     """
     path = Path(path).absolute()
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file, a folder is wanted", hint="choose another output folder")
-    if path.is_dir() and (count := sum(1 for _ in path.iterdir())):
-        raise UsageError(f"{path}: the output folder is not empty ({count} entries)", hint="choose a new folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    absent = [parent for parent in path.parents if not parent.exists()]
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed: containers use the same few ids again
-    temporary.mkdir(parents=True)
+    with _told_if_not_made(path):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file, a folder is wanted", hint="choose another output folder")
+        if path.is_dir() and (count := sum(1 for _ in path.iterdir())):
+            raise UsageError(f"{path}: the output folder is not empty ({count} entries)", hint="choose a new folder")
+        absent = [parent for parent in path.parents if not parent.exists()]
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed: containers use the same few ids again
+        temporary.mkdir(parents=True)
     try:
         yield temporary
         if path.is_dir():  # keep the folder itself: somebody may stand in it
@@ -55,6 +63,69 @@ def new_folder(path: Path | str) -> Iterator[Path]:
         for parent in absent:  # innermost first; those in use stay
             with suppress(OSError):
                 parent.rmdir()
+
+
+@contextmanager
+def _told_if_not_made(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a parent that is a file, a folder or a disk that may not be written to
+        raise UsageError(
+            f"the output folder {path} cannot be made: {error.strerror} ({error.filename})",
+            hint="choose an output where you may write",
+        ) from error
+
+
+@contextmanager
+def new_file(path: Path, nbytes: int) -> Iterator[BinaryIO]:
+    """A file to fill, which takes its name only when the block ends without an error and all is on the disk.
+
+    Args:
+        path: its name; a file that has it is replaced.
+        nbytes: what will be written, for the error.
+
+    Yields:
+        The open temporary file beside it, removed on an error. A killed run leaves it, for the next to overwrite.
+
+    Raises:
+        LowRankError: no room for it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with room_for(path, nbytes):
+        try:
+            with temporary.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def room_for(path: Path, nbytes: int) -> Iterator[None]:
+    """Tell in one error that what the block writes to `path`, of `nbytes` bytes, finds no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise LowRankError(
+            f"{path}: {os.strerror(error.errno)}: it takes {nbytes:,} bytes, {free:,} are free",
+            hint=_NO_ROOM[error.errno],
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """What is renamed is on the disk only when the folder it is in is."""
+    with suppress(OSError):  # not every system opens a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -108,8 +179,9 @@ def finite(value: Any) -> Any:
 def _write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with room_for(path, len(data)):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.report.files import json_text
+from lowrank_kit.report.files import json_text, sync_folder
 from lowrank_kit.training.processes import are_connected, is_first, num_processes, on_first
 
 logger = logging.getLogger(__name__)
@@ -210,11 +210,11 @@ def _finish(
     files = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
     manifest = {"step": step, "processes": num_processes(), "files": files}
     _write_synced(staging / MANIFEST, json_text(manifest, schema_version=SCHEMA_VERSION))
-    _sync_folder(staging)
+    sync_folder(staging)
     if final.exists():  # the run went on from an earlier one, because this is damaged
         shutil.rmtree(final)
     staging.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _file_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -242,16 +242,6 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """What is renamed is on the disk only when the folder it is in is."""
-    with suppress(OSError):  # not every system opens a folder
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

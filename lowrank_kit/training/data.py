@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_kit.checkpoint.folder import resolve_model
+from lowrank_kit.checkpoint.hub import resolve_model
 from lowrank_kit.checkpoint.loading import load_tokenizer
 from lowrank_kit.data.answers import AnswerTokens, answer_tokens, with_chat_template
 from lowrank_kit.data.blocks import TokenBlocks, token_blocks

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_kit.checkpoint.folder import Checkpoint, resolve_model
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.hub import resolve_model
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import LowRankConfig, LowRankQuantizer
 from lowrank_kit.errors import DoesNotFitError, UsageError

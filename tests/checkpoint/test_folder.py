@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, T5Config
 
 from lowrank_kit.checkpoint import folder as folder_module
-from lowrank_kit.checkpoint.folder import Checkpoint, resolve_model
-from lowrank_kit.checkpoint.headers import SINGLE_FILE
+from lowrank_kit.checkpoint import reading
+from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.headers import SINGLE_FILE, ShardFile
+from lowrank_kit.checkpoint.hub import resolve_model
+from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.matrices import find_matrices
@@ -247,7 +249,7 @@ def test_the_meta_model_takes_no_memory_and_is_built_once(tiny_llama_folder: Pat
         (
             '{"model_type": "no_such_model"}',
             UsageError,
-            "no causal language model can be built from it: .*no_such_model",
+            r"config.json: transformers 5\.\S+ has no model_type 'no_such_model'",
         ),
         ("{}", UsageError, "no causal language model can be built from it"),
         (T5Config().to_json_string(), UsageError, "no causal language model can be built from it: .*T5Config"),
@@ -264,12 +266,56 @@ def test_a_bad_config(llama: Path, config: str | None, error: type[LowRankError]
     assert type(caught.value) is error
 
 
-def test_code_in_the_folder_is_never_run(llama: Path) -> None:
+CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+
+
+@pytest.fixture
+def evil(llama: Path) -> Path:
+    """A Llama that brings code, for its tokenizer too."""
     (llama / "evil.py").write_text(f"open({str(llama / 'ran')!r}, 'w').close()")
-    edit_config(llama, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-    with pytest.raises(UsageError, match="no causal language model"):
-        Checkpoint.open(llama).meta_model()
-    assert not (llama / "ran").exists()
+    edit_config(llama, auto_map=CODE)
+    tokenizer = json.loads((llama / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    (llama / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return llama
+
+
+@pytest.mark.parametrize("auto_map", [CODE, {"AutoModel": "some/where--evil.Model"}, "evil.Model", [1]])
+def test_a_model_that_needs_its_own_code(evil: Path, auto_map: object) -> None:
+    edit_config(evil, model_type="evil", auto_map=auto_map)
+    (evil / SINGLE_FILE).unlink()  # before any work
+    message = r"config.json: asks for code of its own \(auto_map: .*\), and transformers 5\S+ has no model_type 'evil'"
+    for opened in (Checkpoint.open, Checkpoint.open_headers):
+        with pytest.raises(UsageError, match=message) as caught:
+            opened(evil)
+        assert "never run" in str(caught.value.hint)
+    assert not (evil / "ran").exists()
+
+
+def test_code_that_is_not_needed_is_not_run(evil: Path) -> None:
+    checkpoint = Checkpoint.open(evil)
+    assert len(checkpoint.matrices()) == 14
+    model = load_model(checkpoint, device=torch.device("cpu"))
+    assert type(model) is LlamaForCausalLM
+    assert len(load_tokenizer(evil)) == 384
+    assert not (evil / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
+def test_a_link_out_of_the_folder(llama: Path, file: str) -> None:
+    outside = llama.parent / "outside"
+    outside.write_bytes((llama / file).read_bytes() if (llama / file).exists() else b"")
+    (llama / file).unlink(missing_ok=True)
+    (llama / file).symlink_to(outside)
+    for opened in (Checkpoint.open, Checkpoint.open_headers, resolve_model):
+        with pytest.raises(LowRankError, match=rf"{file}: a symbolic link out of the model's folder, to {outside}"):
+            opened(str(llama))
+
+
+def test_other_links_are_nobodys_business(llama: Path, tmp_path: Path) -> None:
+    (llama / "checkpoints").symlink_to(tmp_path)
+    (tmp_path / "link").symlink_to(llama)
+    assert len(Checkpoint.open(tmp_path / "link").headers) == 21
 
 
 def test_tensors_come_shard_by_shard_with_one_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,15 +325,15 @@ def test_tensors_come_shard_by_shard_with_one_open(tmp_path: Path, monkeypatch: 
     open_now: list[str] = []
 
     @contextmanager
-    def watched(path: Path, framework: str) -> Iterator[Any]:
+    def watched(path: Path, shard: ShardFile) -> Iterator[Any]:
         assert not open_now
         opened.append(path.name)
         open_now.append(path.name)
-        with safe_open(path, framework=framework) as shard:
-            yield shard
+        with reading.opened(path, shard) as stream:
+            yield stream
         open_now.clear()
 
-    monkeypatch.setattr(folder_module, "safe_open", watched)
+    monkeypatch.setattr(folder_module, "opened", watched)
     wanted = [stored.tensors[0] for stored in checkpoint.matrices()][::-3]
     read = dict(checkpoint.tensors(wanted))
     assert list(read) == [name for name in checkpoint.headers if name in wanted]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +61,8 @@ def test_headers_say_what_the_library_says(tmp_path: Path, tiny_llama: Callable[
                 assert (header.name, header.shape, header.file) == (name, tuple(tensor.shape), file.name)
                 assert header.dtype == shard.get_slice(name).get_dtype()
                 assert header.nbytes == tensor.nbytes
+                raw = file.read_bytes()[header.offset : header.offset + header.nbytes]
+                assert raw == tensor.view(torch.uint8).numpy().tobytes()
                 seen.add(name)
     assert seen == set(headers)
 
@@ -110,6 +111,7 @@ DAMAGED = {
     "deep JSON": (raw_file(b"[" * 100_000), "not valid JSON"),
     "not an object": (raw_file(b"[1]"), "object is expected, found list"),
     "name twice": (raw_file(b'{"a": 1, "a": 2}'), "name 'a' occurs twice"),
+    "dtype twice": (raw_file(b'{"a": {"dtype": "U8", "dtype": "I8"}}'), "name 'dtype' occurs twice"),
     "no offsets": (raw_file({"a": {"dtype": "F32", "shape": [2]}}, b"8" * 8), "tensor a has no proper"),
     "entry is a list": (raw_file({"a": [1, 2]}), "tensor a has no proper"),
     "unknown dtype": (raw_file({"a": entry("F7", [2], 0, 8)}, b"8" * 8), "tensor a has the unknown dtype 'F7'"),
@@ -161,6 +163,12 @@ def test_numbers_of_less_than_a_byte(tmp_path: Path) -> None:
 def test_index_and_shards_disagree(sharded: Path, weight_map: object, message: str) -> None:
     write_index(sharded, weight_map)
     with pytest.raises(LowRankError, match=message):
+        read_headers(sharded)
+
+
+def test_a_name_twice_in_the_index(sharded: Path) -> None:
+    (sharded / INDEX_FILE).write_text(f'{{"weight_map": {{"a": "{FIRST}", "b": "{FIRST}", "a": "{SECOND}"}}}}')
+    with pytest.raises(LowRankError, match=rf"{INDEX_FILE}: the name 'a' occurs twice"):
         read_headers(sharded)
 
 
@@ -233,7 +241,52 @@ def test_an_index_that_is_no_json_object(sharded: Path, content: str) -> None:
         read_headers(sharded)
 
 
-def test_links_into_a_download_cache_are_followed(single: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    snapshot = tmp_path_factory.mktemp("snapshot")
-    (snapshot / SINGLE_FILE).symlink_to(shutil.move(single / SINGLE_FILE, single / "blob"))
-    assert list(read_headers(snapshot)) == ["a", "b"]
+CACHED = "models--tests--tiny/snapshots/0123"
+
+
+@pytest.mark.parametrize(
+    ("folder", "target", "inside"),
+    [
+        (CACHED, "models--tests--tiny/blobs/x", True),
+        (CACHED, "blobs/ab/x", True),  # the store that all repositories of a cache share
+        (CACHED, "models--tests--other/blobs/x", False),
+        (CACHED, "models--tests--tiny/x", False),
+        ("model/snapshots/0123", "model/blobs/x", False),
+        ("model", "model/parts/x", True),
+        ("model", "model-2/x", False),
+        ("model", "x", False),
+    ],
+)
+@pytest.mark.parametrize("through_link", [False, True])
+def test_links_lead_nowhere_but_into_the_folder_and_its_cache(
+    single: Path, folder: str, target: str, inside: bool, through_link: bool
+) -> None:
+    home, blob = single / folder, single / target
+    home.mkdir(parents=True)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    (single / SINGLE_FILE).rename(blob)
+    (home / SINGLE_FILE).symlink_to(blob)
+    if through_link:  # the folder itself may be a link
+        home = single / "here"
+        home.symlink_to(single / folder)
+    if inside:
+        assert list(read_headers(home)) == ["a", "b"]
+        return
+    with pytest.raises(LowRankError, match=r"model.safetensors: a symbolic link out of the model's folder") as caught:
+        read_headers(home)
+    assert str(blob) in caught.value.message
+
+
+def test_an_index_that_is_a_link_out(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    index = tmp_path_factory.mktemp("elsewhere") / "index"
+    (sharded / INDEX_FILE).rename(index)
+    (sharded / INDEX_FILE).symlink_to(index)
+    with pytest.raises(LowRankError, match=rf"{INDEX_FILE}: a symbolic link out of the model's folder, to .*/index"):
+        read_headers(sharded)
+
+
+@pytest.mark.parametrize("target", ["nothing", SINGLE_FILE])
+def test_a_link_to_nothing(tmp_path: Path, target: str) -> None:
+    (tmp_path / SINGLE_FILE).symlink_to(target)
+    with pytest.raises(UsageError, match=r"no model\.safetensors"):
+        read_headers(tmp_path)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+import resource
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -18,48 +21,46 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lowrank_kit.checkpoint.headers import DTYPE_BITS, TensorHeader, read_headers
+from lowrank_kit.checkpoint.reading import TORCH_DTYPES, described
 from lowrank_kit.checkpoint.writer import (
     DTYPE_ORDER,
     METADATA,
     Shard,
     TensorSpec,
+    is_written,
     plan_shards,
     shard_bytes,
     tensor_bytes,
+    write_shard,
     write_shards,
 )
+from lowrank_kit.errors import LowRankError
 
-# safetensors' word -> torch's dtype, for what torch can hold.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
 # Name -> dtype and shape.
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 # Everything JSON has to escape, what it must not, more than one byte of UTF-8, and more than one unit of UTF-16.
 NAMES = st.text(st.sampled_from('ab.0"\\/\n\t\x01\x7fé日🙂'), min_size=1, max_size=12)
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 40]), max_size=3).map(tuple)
-SPECS = st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES), min_size=1, max_size=12)
+# A pair of numbers of four bits is one of torch's.
+KINDS = st.tuples(st.sampled_from(sorted(TORCH_DTYPES)), SHAPES).filter(
+    lambda kind: kind[0] != "F4" or (kind[1] != () and kind[1][-1] % 2 == 0)
+)
+SPECS = st.dictionaries(NAMES, KINDS, min_size=1, max_size=12)
+
+
+def tensor_of(dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Random bytes; zeros and ones of truth values."""
+    raw = torch.randint(0, 2 if dtype == "BOOL" else 256, (tensor_bytes(dtype, shape),), dtype=torch.uint8)
+    shape = (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape
+    return raw.view(TORCH_DTYPES[dtype]).reshape(shape)
 
 
 def tensors_of(specs: Specs) -> dict[str, Tensor]:
-    return {name: torch.zeros(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in specs.items()}
+    return {name: tensor_of(*kind) for name, kind in specs.items()}
 
 
 def headers_of(specs: Specs) -> list[TensorHeader]:
-    return [TensorHeader(n, dtype, shape, "f", tensor_bytes(dtype, shape)) for n, (dtype, shape) in specs.items()]
+    return [TensorHeader(n, dtype, shape, "f", tensor_bytes(dtype, shape), 0) for n, (dtype, shape) in specs.items()]
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -69,6 +70,33 @@ def test_shard_bytes_is_the_size_of_the_file(specs: Specs) -> None:
         path = Path(folder, "model.safetensors")
         save_file(tensors_of(specs), path, metadata=METADATA)
         assert shard_bytes(headers_of(specs)) == path.stat().st_size
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(SPECS, st.randoms(use_true_random=False))
+def test_what_is_written_is_what_the_library_writes(specs: Specs, random: Random) -> None:
+    """Byte for byte, whatever the order in which the tensors come."""
+    tensors = tensors_of(specs)
+    order = list(tensors)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file(tensors, folder / "library", metadata=METADATA)
+        (shard,) = plan_shards([[(name, *kind)] for name, kind in specs.items()])
+        random.shuffle(order)
+        assert not is_written(folder, shard)
+        write_shard(folder, shard, ((name, tensors[name]) for name in order))
+        assert (folder / shard.file).read_bytes() == (folder / "library").read_bytes()
+        assert is_written(folder, shard)
+        assert {path.name for path in folder.iterdir()} == {"library", shard.file}
+
+
+def test_every_dtype_is_written_as_the_library_writes_it(tmp_path: Path) -> None:
+    specs = {f"{dtype}{size}": (dtype, (size, 6)) for dtype in TORCH_DTYPES for size in (0, 3)}
+    tensors = tensors_of(specs)
+    save_file(tensors, tmp_path / "library", metadata=METADATA)
+    (shard,) = plan_shards([[(name, *kind)] for name, kind in specs.items()])
+    write_shard(tmp_path, shard, tensors.items())
+    assert (tmp_path / shard.file).read_bytes() == (tmp_path / "library").read_bytes()
 
 
 def test_shard_bytes_where_the_order_of_equal_sizes_counts(tmp_path: Path) -> None:
@@ -121,13 +149,12 @@ def test_plan_keeps_order_and_groups_and_fills_files(sizes: list[list[int]], mos
 
 
 def as_groups(tensors: dict[str, Tensor]) -> list[list[TensorSpec]]:
-    words = {dtype: word for word, dtype in DTYPES.items()}
-    return [[(name, words[tensor.dtype], tuple(tensor.shape))] for name, tensor in tensors.items()]
+    return [[(name, *described(tensor))] for name, tensor in tensors.items()]
 
 
 def write(folder: Path, tensors: dict[str, Tensor], most: int) -> list[Shard]:
     shards = plan_shards(as_groups(tensors), max_shard_bytes=most)
-    write_shards(folder, shards, lambda shard: {header.name: tensors[header.name] for header in shard.headers})
+    write_shards(folder, shards, lambda shard: ((header.name, tensors[header.name]) for header in shard.headers))
     return shards
 
 
@@ -150,7 +177,7 @@ def test_what_is_written_is_what_was_planned(tmp_path: Path, most: int) -> None:
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
-    # The headers on disk, read back, are those of the plan.
+    # The headers on disk, read back, are those of the plan, with their places in the files.
     assert read_headers(tmp_path) == {header.name: header for shard in shards for header in shard.headers}
 
 
@@ -164,6 +191,103 @@ def test_index(tmp_path: Path) -> None:
 def test_a_single_file_has_no_index(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(10)}, 100)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+TWO: list[list[TensorSpec]] = [[("a", "F32", (4,)), ("b", "BF16", (2, 3))]]
+A, B = torch.ones(4), torch.ones(2, 3).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([("a", A)], "1 of 2 tensors are missing, first b"),
+        ([], "2 of 2 tensors are missing, first a"),
+        ([("a", A), ("b", B), ("a", A)], "tensor a came twice"),
+        ([("a", A), ("c", B)], "tensor c is not planned"),
+        ([("a", A.double())], r"tensor a is \('F64', \(4,\)\), planned was \('F32', \(4,\)\)"),
+        ([("b", B.T)], r"tensor b is \('BF16', \(3, 2\)\), planned was \('BF16', \(2, 3\)\)"),
+    ],
+)
+def test_what_was_not_planned_is_not_written(tmp_path: Path, given: list[tuple[str, Tensor]], message: str) -> None:
+    (shard,) = plan_shards(TWO)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {message}"):
+        write_shard(tmp_path, shard, given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_is_not_whole_is_not_written(tmp_path: Path) -> None:
+    (shard,) = plan_shards(TWO)
+    path = tmp_path / shard.file
+    write_shard(tmp_path, shard, [("a", A), ("b", B)])
+    whole = path.read_bytes()
+    others = [whole[:-1], whole + b"x", whole.replace(b'"b"', b'"c"'), whole.replace(b"BF16", b"F16 "), b""]
+    for content in others:
+        path.write_bytes(content)
+        assert not is_written(tmp_path, shard)
+    path.write_bytes(whole)
+    assert is_written(tmp_path, shard)
+
+
+def test_one_tensor_is_alive_at_a_time(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in "abc":
+            assert not any(one() is not None for one in alive)
+            tensor = torch.full((100,), ord(name), dtype=torch.uint8)
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    (shard,) = plan_shards([[(name, "U8", (100,))] for name in "abc"])
+    write_shard(tmp_path, shard, tensors())
+    assert len(alive) == 3
+
+
+def test_an_error_half_way_leaves_what_was_finished(tmp_path: Path) -> None:
+    shards = plan_shards([[("a", "U8", (100,))], [("b", "U8", (100,))]], max_shard_bytes=100)
+
+    def fill(shard: Shard) -> Iterator[tuple[str, Tensor]]:
+        if shard is shards[1]:
+            raise KeyboardInterrupt
+        yield "a", torch.ones(100, dtype=torch.uint8)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, shards, fill)
+    assert [path.name for path in tmp_path.iterdir()] == [shards[0].file]
+    assert [is_written(tmp_path, shard) for shard in shards] == [True, False]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of more than 20 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_for_which_there_is_no_room(tmp_path: Path, small_files: None) -> None:
+    shards = plan_shards([[("a", "U8", (10_000,))], [("b", "U8", (30_000,))]], max_shard_bytes=10_000)
+    tensors = {"a": torch.ones(10_000, dtype=torch.uint8), "b": torch.ones(30_000, dtype=torch.uint8)}
+    match = rf"{shards[1].file}: File too large: it takes {shards[1].nbytes:,} bytes, [\d,]+ are free"
+    with pytest.raises(LowRankError, match=match) as caught:
+        write_shards(tmp_path, shards, lambda shard: [(h.name, tensors[h.name]) for h in shard.headers])
+    assert "--max-shard-bytes" in str(caught.value.hint)
+    assert [path.name for path in tmp_path.iterdir()] == [shards[0].file]
+    assert is_written(tmp_path, shards[0])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("size", [100, 10_000_000])
+def test_a_full_disk(tmp_path: Path, size: int) -> None:
+    (shard,) = plan_shards([[("a", "U8", (size,))]])
+    (tmp_path / f".{shard.file}.tmp").symlink_to("/dev/full")
+    match = rf"{shard.file}: No space left on device: it takes {shard.nbytes:,} bytes, [\d,]+ are free"
+    with pytest.raises(LowRankError, match=match) as caught:
+        write_shard(tmp_path, shard, [("a", torch.ones(size, dtype=torch.uint8))])
+    assert "another disk" in str(caught.value.hint)
+    assert not list(tmp_path.iterdir())
 
 
 def test_transformers_loads_the_shards(tmp_path: Path, tiny_llama_folder: Path) -> None:

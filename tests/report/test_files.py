@@ -7,6 +7,9 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,45 @@ def test_what_a_killed_run_of_the_same_id_left_is_no_obstacle(tmp_path: Path) ->
     with new_folder(tmp_path / "out") as folder:
         assert folder.name == name
         assert not os.listdir(folder)
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("1")
+    match = rf"the output folder {tmp_path}/x/a/out cannot be made: Not a directory \({tmp_path}/x/a"
+    with pytest.raises(UsageError, match=match) as caught, new_folder(tmp_path / "x" / "a" / "out"):
+        pytest.fail("the work began")
+    assert "where you may write" in str(caught.value.hint)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+READ_ONLY = """
+import os, sys
+from lowrank_kit.errors import UsageError
+from lowrank_kit.report.files import new_folder
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)  # nobody: the administrator may write everywhere
+try:
+    with new_folder(sys.argv[1]):
+        print("the work began")
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_read_only_place_is_refused(there: bool) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # where anybody may look
+        os.chmod(name, 0o555)
+        target = Path(name, "out")
+        if there:
+            target.mkdir()
+        command = [sys.executable, "-c", READ_ONLY, str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        os.chmod(name, 0o755)
+    assert done.stdout.startswith(f"the output folder {target} cannot be made: Permission denied"), done.stderr
+    assert "hint: choose an output where you may write" in done.stdout
 
 
 def test_a_taken_folder_is_refused_before_any_work(tmp_path: Path) -> None:

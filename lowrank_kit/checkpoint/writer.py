@@ -7,16 +7,15 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_kit.checkpoint.headers import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorHeader
 from lowrank_kit.checkpoint.reading import described
-from lowrank_kit.report.files import new_file, room_for, sync_folder, write_text
+from lowrank_kit.report.files import new_file, write_text
 
 METADATA = {"format": "pt"}
 # What transformers' save_pretrained takes.
@@ -35,10 +34,12 @@ class Shard:
     Args:
         file: its name.
         headers: its tensors.
+        metadata: of the file.
     """
 
     file: str
     headers: tuple[TensorHeader, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
 
     @property
     def nbytes(self) -> int:
@@ -76,10 +77,10 @@ def plan_shards(groups: Iterable[Sequence[TensorSpec]], *, max_shard_bytes: int 
     return [Shard(file, _placed(file, specs)) for file, specs in zip(names, files, strict=True)]
 
 
-def _placed(file: str, specs: Sequence[TensorSpec]) -> tuple[TensorHeader, ...]:
+def _placed(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] = METADATA) -> tuple[TensorHeader, ...]:
     """Headers in the order of the specs, at the places in the file that `save_file` would give them."""
     headers = [TensorHeader(name, d, shape, file, tensor_bytes(d, shape), 0) for name, d, shape in specs]
-    offset = len(file_header(headers))
+    offset = len(file_header(headers, metadata))
     offsets = {}
     for header in _in_file_order(headers):
         offsets[header.name] = offset
@@ -92,17 +93,17 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def shard_bytes(headers: Sequence[TensorHeader]) -> int:
+def shard_bytes(headers: Sequence[TensorHeader], metadata: Mapping[str, str] = METADATA) -> int:
     """Size of the safetensors file that `save_file` makes of these tensors."""
-    return len(file_header(headers)) + sum(header.nbytes for header in headers)
+    return len(file_header(headers, metadata)) + sum(header.nbytes for header in headers)
 
 
-def file_header(headers: Iterable[TensorHeader]) -> bytes:
+def file_header(headers: Iterable[TensorHeader], metadata: Mapping[str, str] = METADATA) -> bytes:
     """What the safetensors file that `save_file` makes of these tensors begins with.
 
     Eight bytes of length and a compact JSON object padded with spaces to a multiple of eight.
     """
-    document: dict[str, object] = {"__metadata__": METADATA}
+    document: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for header in _in_file_order(headers):
         document[header.name] = {
@@ -152,7 +153,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[tuple[str, Tensor]
     planned = {header.name: header for header in shard.headers}
     missing = dict(planned)
     with new_file(path, shard.nbytes) as stream:
-        stream.write(file_header(shard.headers))
+        stream.write(file_header(shard.headers, shard.metadata))
         for name, tensor in tensors:
             if name not in missing:
                 raise ValueError(f"{path}: tensor {name} {'came twice' if name in planned else 'is not planned'}")
@@ -170,7 +171,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[tuple[str, Tensor]
 
 def is_written(folder: Path, shard: Shard) -> bool:
     """Whether the file of a shard is there and whole, by its size and its header; no tensor is read."""
-    header = file_header(shard.headers)
+    header = file_header(shard.headers, shard.metadata)
     try:
         with (folder / shard.file).open("rb") as stream:
             return os.fstat(stream.fileno()).st_size == shard.nbytes and stream.read(len(header)) == header
@@ -189,20 +190,13 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and what is to be known of them; the file takes its name when it is whole and on the disk.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = METADATA) -> None:
+    """Write a safetensors file with what is to be known of its tensors; it takes its name when it is whole.
 
     Raises:
         LowRankError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with room_for(path, sum(tensor.nbytes for tensor in tensors.values())):
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    specs = [(name, *described(tensor)) for name, tensor in tensors.items()]
+    shard = Shard(path.name, _placed(path.name, specs, metadata), metadata)
+    write_shard(path.parent, shard, tensors.items())

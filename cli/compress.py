@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import AmountType, DurationType, device_option, json_option, output_option, seed_option, verbosity_options
+from .options import (
+    AmountType,
+    DurationType,
+    device_option,
+    given_parameters,
+    json_option,
+    output_option,
+    seed_option,
+    verbosity_options,
+)
 from .output import check_new_folder, emit
+
+if TYPE_CHECKING:
+    from lowrank_kit.compression.settings import CompressSettings
 
 
 @click.command("compress")
@@ -47,6 +61,9 @@ from .output import check_new_folder, emit
     default=None,
     help="Train against the dense model: none, block, e2e, both.  [default: auto's, else none]",
 )
+@click.option("--include", metavar="PATTERN", multiple=True, help="Matrices by name, once or more often: see below.")
+@click.option("--exclude", metavar="PATTERN", multiple=True, help="Matrices that stay dense, once or more often.")
+@click.option("--recipe", type=click.Path(path_type=Path), default=None, help="Settings from YAML; options win.")
 @click.option("--time", type=DurationType(), default=None, help="What auto may plan for.  [default: 30m]")
 @click.option("--align", type=int, default=None, help="What ranks are multiples of.  [default: up to 16, by the shape]")
 @click.option(
@@ -77,8 +94,18 @@ from .output import check_new_folder, emit
 @device_option
 @json_option
 @verbosity_options
+@click.pass_context
 def command(
-    model: str, output: Path | None, dry_run: bool, device: str, dtype: str, as_json: bool, verbosity: int, **given: Any
+    context: click.Context,
+    model: str,
+    output: Path | None,
+    recipe: Path | None,
+    dry_run: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    verbosity: int,
+    **given: Any,
 ) -> None:
     """Factorize a model's matrices to a target size.
 
@@ -86,21 +113,27 @@ def command(
     --size; it is never exceeded. How is chosen by the time allowed, or said by --objective, --allocation, --form and
     --refine; text is drawn in disjoint parts to calibrate, to refine and to check. The result is a Hugging Face
     folder that from_pretrained loads after `import lowrank_kit`.
+
+    A PATTERN is of names of matrices as in a shell, "*.o_proj"; with --include what is not named stays dense. The
+    budget counts these too. --include lm_head, the head's own name, makes a head that is not tied a matrix like others.
+
+    A recipe holds settings by name (keep: 0.6, calibration_blocks: 64, ...), and under keeps what is kept of some
+    matrices, the first that takes one: {role: down, keep: 0.4}, {block: 0, keep: 1.0}, {blocks: 28-31, keep: 0.8},
+    {match: "*.k_proj", keep: 0.9}. The budget is that of all: the others share what these leave.
     """
     from lowrank_kit.errors import UsageError
 
     if output is None and not dry_run:
         raise UsageError("no output folder", hint="-o DIR, or --dry-run for the plan alone")
-    from lowrank_kit.compression.settings import CompressSettings
-
-    settings = CompressSettings(**given)
+    settings = _settings(recipe, given, context)
     if dry_run:
         from lowrank_kit.checkpoint.folder import Checkpoint
         from lowrank_kit.compression.preview import preview
-        from lowrank_kit.device import resolve_device
+        from lowrank_kit.device import resolve_device, resolve_dtype
 
-        found = preview(Checkpoint.open_headers(model), settings, resolve_device(device))
-        emit(found, _plan_text(found), as_json)
+        where, number = resolve_device(device), resolve_dtype(dtype)
+        found = preview(Checkpoint.open_headers(model), settings, where, dtype=number, output=output)
+        emit(found, _plan_text(found, verbosity), as_json)
         return
     assert output is not None
     check_new_folder(output)
@@ -110,18 +143,46 @@ def command(
     emit(report, _report_text(report, output), as_json)
 
 
-def _plan_text(found: dict[str, Any]) -> str:
+def _settings(recipe: Path | None, given: dict[str, Any], context: click.Context) -> CompressSettings:
+    from lowrank_kit.compression.settings import BUDGETS, CompressSettings
+    from lowrank_kit.config import load_settings
+
+    if recipe is None:
+        return CompressSettings(**given)
+    written = {name: value for name, value in given_parameters(context).items() if name in given}
+    return load_settings(CompressSettings, recipe, written, one_of=BUDGETS)
+
+
+def _plan_text(found: dict[str, Any], verbosity: int) -> str:
+    from lowrank_kit.compression.preview import MANY_BLOCKS, plan_rows
     from lowrank_kit.report.tables import duration, text_table
 
-    columns = ["matrix", "role", "out", "in", "rank", "form", "kept", "note"]
-    parts = [text_table(found["matrices"], columns), _size_text(found["totals"])]
+    many = len({m["block"] for m in found["matrices"]}) >= MANY_BLOCKS and verbosity < 1
+    parts = [text_table(plan_rows(found["matrices"], grouped=many)), _size_text(found["totals"])]
     stages = [
         {"stage": name, "tokens": int(stage["tokens"]) or None, "time": duration(stage["seconds"])}
         for name, stage in found["choice"]["stages"].items()
     ]
-    parts += [text_table(stages), "\n".join(filter(None, [*found["choice"]["reasons"], found["note"]]))]
+    parts += [text_table(stages), _needs_text(found["needs"], found["time_class"])]
+    parts += ["\n".join(filter(None, [*found["choice"]["reasons"], found["note"]]))]
     parts += [_forecast_text(found["forecast"]), "nothing written (--dry-run)"]
     return "\n\n".join(part for part in parts if part)
+
+
+def _needs_text(needs: dict[str, Any], time_class: str) -> str:
+    from lowrank_kit.report.tables import amount, text_table
+
+    columns = ("weights", "grams", "streams", "workspace", "training", "total")
+    rows = []
+    for sizes, run in groupby(needs["sections"], key=itemgetter(*columns)):
+        names = [section["section"] for section in run]
+        whole = " to ".join(dict.fromkeys((names[0], names[-1])))
+        rows.append({"memory of": whole, **dict(zip(columns, map(amount, sizes), strict=True))})
+    disk = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in needs["disk"].items() if nbytes and name != "total")
+    lines = [f"memory: {amount(needs['memory'])} at the peak, estimated"]
+    lines[0] += f", in training end to end {amount(needs['end_to_end'])}" * bool(needs["end_to_end"])
+    lines += [f"disk: {amount(needs['disk']['total'])} ({disk})", f"time: {time_class}"]
+    return "\n".join([text_table(rows), "", *lines, *(f"may not fit: {warning}" for warning in needs["warnings"])])
 
 
 def _forecast_text(forecast: dict[str, Any] | None) -> str:

@@ -1,8 +1,8 @@
 """Settings: frozen dataclasses, read strictly from YAML or JSON and from the command line.
 
 A settings class is a frozen dataclass whose fields are annotated with int, float, bool, str, Path, None, Literal, list,
-tuple, or a union of these. Nothing is guessed: an unknown key, a key written twice, a missing key and a value of the
-wrong type are errors, and all of them are told at once.
+tuple, another such dataclass, or a union of these. Nothing is guessed: an unknown key, a key written twice, a missing
+key and a value of the wrong type are errors, and all of them are told at once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ class _Problem(NamedTuple):
     fix: str | None = None
 
 
+class _ProblemsError(Exception):
+    """A value with keys of its own has problems; each text says where in it."""
+
+    def __init__(self, problems: list[_Problem]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
 class _MismatchError(Exception):
     """A value does not have the annotated type; `fix` says what to write instead."""
 
@@ -37,13 +45,16 @@ class _MismatchError(Exception):
         self.fix = fix
 
 
-def load_settings(cls: type[Settings], file: Path | None, overrides: Mapping[str, Any]) -> Settings:
+def load_settings(
+    cls: type[Settings], file: Path | None, overrides: Mapping[str, Any], *, one_of: Sequence[str] = ()
+) -> Settings:
     """Settings from a file, with the command line's values over it and the class's defaults under it.
 
     Args:
         cls: a frozen dataclass.
         file: a .yaml, .yml or .json file, or None for the command line alone.
         overrides: field name -> value given on the command line. A value of None means "not given".
+        one_of: fields of which one is wanted: one on the command line stands for all of them.
 
     Returns:
         An instance of `cls`.
@@ -52,9 +63,11 @@ def load_settings(cls: type[Settings], file: Path | None, overrides: Mapping[str
         UsageError: the file cannot be read, or any key or value is wrong; the message lists every problem.
     """
     mapping, problems = ({}, []) if file is None else _read_mapping(file)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if given.keys() & set(one_of):
+        mapping = {name: value for name, value in mapping.items() if name not in one_of}
     values, wrong = _typed_values(cls, mapping)
     problems += wrong
-    given = {name: value for name, value in overrides.items() if value is not None}
     given_values, wrong = _typed_values(cls, given)
     problems += wrong if file is None else [_Problem(f"on the command line: {text}", fix) for text, fix in wrong]
     problems += _missing_keys(cls, mapping.keys() | given.keys())
@@ -127,6 +140,8 @@ def _typed_values(cls: type[Any], mapping: Mapping[Any, Any]) -> tuple[dict[str,
             values[key] = _convert(value, annotations[key])
         except _MismatchError as mismatch:
             problems.append(_Problem(f"{key} must be {mismatch.expected}, not {_shown(value)}", mismatch.fix))
+        except _ProblemsError as inner:
+            problems += [_Problem(f"{key}{text}", fix) for text, fix in inner.problems]
     return values, problems
 
 
@@ -151,6 +166,8 @@ def _convert(value: Any, annotation: Any) -> Any:
         return _convert_literal(value, annotation)
     if origin in (list, tuple):
         return _convert_sequence(value, annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _convert_keys(value, annotation)
     if annotation is float and type(value) in (int, float):
         return _finite_float(value)
     if annotation is Path and isinstance(value, (str, Path)):
@@ -190,10 +207,33 @@ def _convert_sequence(value: Any, annotation: Any) -> Any:
         arguments = (arguments[0],) * len(value)
     if len(value) != len(arguments):
         raise _MismatchError(_described(annotation), f"it has {len(value)} entries")
-    try:
-        return origin(_convert(item, argument) for item, argument in zip(value, arguments, strict=True))
-    except _MismatchError as mismatch:
-        raise _MismatchError(_described(annotation), mismatch.fix) from None
+    items, problems = [], []
+    for number, (item, argument) in enumerate(zip(value, arguments, strict=True), start=1):
+        try:
+            items.append(_convert(item, argument))
+        except _MismatchError as mismatch:
+            raise _MismatchError(_described(annotation), mismatch.fix) from None
+        except _ProblemsError as inner:
+            problems += [_Problem(f", entry {number}{text}", fix) for text, fix in inner.problems]
+    if problems:
+        raise _ProblemsError(problems)
+    return origin(items)
+
+
+def _convert_keys(value: Any, cls: Any) -> Any:
+    """A value with keys of its own, which are those of a dataclass."""
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise _MismatchError(_described(cls))
+    values, problems = _typed_values(cls, value)
+    problems += _missing_keys(cls, value.keys())
+    if not problems:
+        try:
+            return cls(**values)
+        except UsageError as error:
+            problems = [_Problem(error.message, error.hint)]
+    raise _ProblemsError([_Problem(f": {text}", fix) for text, fix in problems])
 
 
 def _finite_float(value: float) -> float:
@@ -225,6 +265,8 @@ def _described(annotation: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
         return f"a list (each {_described(arguments[0])})"
+    if dataclasses.is_dataclass(annotation):
+        return "keys and values with " + ", ".join(field.name for field in dataclasses.fields(annotation))
     if origin is tuple:
         return "a list of " + ", ".join(_described(argument) for argument in arguments)
     return _DESCRIPTIONS[annotation]
@@ -246,6 +288,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
     return value
 
 

@@ -8,12 +8,14 @@ its modules, its input and output embeddings, the shapes. The only names it know
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import UsageError
@@ -117,6 +119,76 @@ def find_matrices(model: nn.Module) -> list[Matrix]:
             hint="lowrank-kit works on causal LMs whose blocks are made of nn.Linear, Conv1D or fused experts",
         )
     return found
+
+
+def find_head(model: PreTrainedModel) -> Matrix:
+    """The LM head as a matrix of role "head", for those who ask for it by name. Works on the meta device.
+
+    Raises:
+        UsageError: no linear head, or one that is tied to the embeddings.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UsageError(
+            f"{type(model).__name__} has no linear head that could be factorized", hint="include other matrices"
+        )
+    name = names[id(head)]
+    tied = [path for path, module in model.named_modules() if getattr(module, "weight", None) is head.weight]
+    if others := [path for path in tied if path != name]:
+        raise UsageError(
+            f"{name} is tied to {', '.join(others)}: two factors of it would be the embeddings too, which stay dense",
+            hint=f"leave out {name}; a head of its own has tie_word_embeddings false in config.json",
+        )
+    return Matrix(
+        name=name,
+        parameter=f"{name}.weight",
+        role="head",
+        block=None,
+        shape=(head.weight.shape[0], head.weight.shape[1]),
+        transposed=False,
+        expert=None,
+        shares_input=name,
+        ends_branch=False,
+    )
+
+
+def embedding_names(model: nn.Module) -> list[str]:
+    """Paths of the input and output embeddings, and of what is tied to one."""
+    found = _embeddings(model)
+    return [path for path, module in model.named_modules() if id(module) in found]
+
+
+def names_matching(pattern: str, names: Collection[str], what: str) -> list[str]:
+    """The names that a pattern matches, as in a shell: "*.o_proj" is all of a kind. A name also matches itself.
+
+    Args:
+        pattern: with *, ? and [...].
+        names: to choose from.
+        what: the names are of, for the error message.
+
+    Raises:
+        UsageError: none, with the nearest.
+    """
+    found = [name for name in names if fnmatchcase(name, pattern) or name == pattern]
+    if not found:
+        raise UsageError(
+            f'the pattern "{pattern}" matches none of {len(names)} {what}',
+            hint=f'names are as "{_nearest(pattern, names)}", and "*.o_proj*" matches all of a kind',
+        )
+    return found
+
+
+def _nearest(pattern: str, names: Collection[str]) -> str:
+    """The name most like a pattern, by the parts that both have."""
+    wanted = [part for part in re.split(r"[.*?]+", pattern) if part]
+
+    def likeness(name: str) -> float:
+        parts = name.split(".")
+        return sum(max(SequenceMatcher(None, part, other).ratio() for other in parts) for part in wanted)
+
+    kinds = {re.sub(r"\d+", "", name): name for name in reversed(list(names))}  # the first of each
+    return max(kinds.values(), key=likeness, default="")
 
 
 def role_of(leaf: str, sibling_leaves: Iterator[str] | tuple[str, ...] = ()) -> str:

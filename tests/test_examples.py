@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
+
+from cli.main import lowrank
+from lowrank_kit.compression.recipe import RECIPE_FILE
+from tests.pages import write_pages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LOOPS = ("numuon_loop", "numuon_trainer", "numuon_accelerate")
@@ -51,3 +57,23 @@ def test_compress_and_load(tiny_llama_folder: Path, tmp_path: Path, capsys: pyte
     text = load("compress_and_load").main(str(tiny_llama_folder), str(tmp_path / "half"))
     assert text.startswith("def main(")
     assert "of the matrices" in capsys.readouterr().out
+
+
+def test_every_recipe_has_a_test() -> None:
+    assert {file.name for file in EXAMPLES.glob("recipes/*")} == {"careful.yaml"}
+
+
+def test_the_careful_recipe(tiny_llama_folder: Path, tmp_path: Path, same_process_after: None) -> None:
+    words = ["compress", str(tiny_llama_folder), "--recipe", str(EXAMPLES / "recipes" / "careful.yaml")]
+    words += ["--text", str(write_pages(tmp_path / "pages.jsonl", num_pages=30)), "--block-tokens", "32"]
+    done = CliRunner().invoke(lowrank, [*words, "--json", "-o", str(tmp_path / "out")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    kept = {row["matrix"].removeprefix("model.layers."): row for row in report["matrices"]}
+    assert report["settings"]["allocation"] == "erank"
+    assert 0.48 < report["totals"]["matrix_keep"] <= 0.5
+    assert kept["0.self_attn.v_proj"]["note"] == "kept whole by the recipe"
+    assert kept["1.self_attn.k_proj"]["note"] == "excluded"
+    assert 0.65 < kept["0.mlp.up_proj"]["kept"] <= 0.7
+    assert 0.75 < kept["1.self_attn.o_proj"]["kept"] <= 0.8
+    assert (tmp_path / "out" / RECIPE_FILE).exists()

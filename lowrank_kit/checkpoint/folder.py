@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ class Checkpoint:
         path: the folder.
         config: its config.json.
         shards: file -> its size, time of change and headers, as they were when it was opened.
+        head: whether the LM head is one of the matrices, see `with_head`.
     """
 
     path: Path
     config: dict[str, Any]
     shards: dict[str, ShardFile]
+    head: bool = False
 
     @classmethod
     def open(cls, model: Path | str) -> Checkpoint:
@@ -99,6 +101,14 @@ class Checkpoint:
                 hint="lowrank-kit works on architectures of transformers itself, without trust_remote_code",
             ) from error
 
+    def with_head(self) -> Checkpoint:
+        """The same with its LM head among the matrices."""
+        return self if self.head else self._with_head
+
+    @cached_property
+    def _with_head(self) -> Checkpoint:
+        return replace(self, head=True)
+
     def matrices(self) -> list[StoredMatrix]:
         """Every matrix of the model and the tensors that hold it. Found once.
 
@@ -119,7 +129,7 @@ class Checkpoint:
             )
         try:
             LowRankConfig(**quantization)  # refuses a newer format
-            return stored_matrices(self.meta_model(), self.headers)
+            return stored_matrices(self.meta_model(), self.headers, head=self.head)
         except LowRankError as error:
             raise type(error)(f"{self.path}: {error.message}", hint=error.hint) from error
 

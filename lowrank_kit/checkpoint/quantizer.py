@@ -88,6 +88,8 @@ class LowRankQuantizer(HfQuantizer):
             # AutoModel, or a head on top of it, adds or drops the prefix of the base model.
             candidates = (name, name.removeprefix(prefix), prefix + name)
             found = next((candidate for candidate in candidates if candidate in modules), None)
+            if found is None and model.base_model is model and "." not in name:
+                continue  # a head, which the base model has not
             if found is None:
                 raise LowRankError(
                     f"quantization_config names {name}, but {type(model).__name__} has no such module",

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from lowrank_kit.checkpoint.headers import TensorHeader
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.pivot import expand
-from lowrank_kit.matrices import Matrix, find_matrices, role_of
+from lowrank_kit.matrices import Matrix, find_head, find_matrices, role_of
 
 # Roles of the two halves of a fused gate_up tensor, in the order in which they are stacked.
 HALVES_OF_GATE_UP = ("gate", "up")
@@ -82,25 +82,29 @@ class _Source:
     parts: int = 1
 
 
-def stored_matrices(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> list[StoredMatrix]:
+def stored_matrices(
+    model: PreTrainedModel, headers: Mapping[str, TensorHeader], *, head: bool = False
+) -> list[StoredMatrix]:
     """Find every matrix of a model among the tensors of its checkpoint.
 
     Args:
         model: the model, on the meta device.
         headers: what is on disk.
+        head: whether the LM head is to be one of them.
 
     Returns:
-        In the order of `find_matrices`; a fused expert that is stored in parts gives one entry for each part.
+        In the order of `find_matrices`; a fused expert that is stored in parts gives one entry for each part. The head
+        is last.
 
     Raises:
-        UsageError: the model has no matrix.
+        UsageError: the model has no matrix, or a head that is none.
         LowRankError: a matrix is not on disk, or with another shape than the config asks for.
     """
     parameters = model.state_dict()
     sources = _sources_by_parameter(model, parameters.keys(), headers)
     stored: list[StoredMatrix] = []
     absent: list[str] = []
-    for matrix in find_matrices(model):
+    for matrix in [*find_matrices(model), *([find_head(model)] if head else [])]:
         candidates = sources[matrix.parameter]
         found = list(_locate(matrix, tuple(parameters[matrix.parameter].shape), candidates, headers))
         stored += found

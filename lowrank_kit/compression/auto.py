@@ -11,9 +11,10 @@ import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression.calibration import default_block_tokens
-from lowrank_kit.compression.evidence import foldable
+from lowrank_kit.compression.needs import estimate_needs
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.settings import AUTO, CompressSettings
+from lowrank_kit.compression.targets import foldable, targeted
 from lowrank_kit.device import available_memory, product_flops
 from lowrank_kit.report.tables import duration
 
@@ -76,7 +77,8 @@ def choose(checkpoint: Checkpoint, settings: CompressSettings, device: torch.dev
         device: where it will run; its speed is measured for a moment.
     """
     settings = replace(settings, block_tokens=settings.block_tokens or default_block_tokens(checkpoint))
-    machine = _Machine(checkpoint, device)
+    checkpoint = targeted(checkpoint, settings)
+    machine = _Machine(checkpoint, settings, device)
     if settings.objective != AUTO:
         settled = settings.with_defaults()
         return Choice(settled, (), machine.stages(settled))
@@ -136,11 +138,10 @@ def _words(settings: CompressSettings) -> str:
 class _Machine:
     """What a model costs on a device."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.device = device
-        self.matrices = [stored.matrix for stored in foldable(checkpoint)]
+    def __init__(self, checkpoint: Checkpoint, settings: CompressSettings, device: torch.device) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.matrices = [stored.matrix for stored in foldable(checkpoint, settings)]
         self.numbers = sum(torch.Size(h.shape).numel() for h in checkpoint.headers.values())
-        self.in_matrices = sum(m.shape[0] * m.shape[1] for m in self.matrices)
 
     @cached_property
     def memory_left(self) -> int:
@@ -174,12 +175,4 @@ class _Machine:
 
     def memory(self, settings: CompressSettings) -> int:
         """Bytes, at the peak of the largest stage."""
-        sides = {m.shares_input: m.shape[1] for m in self.matrices}.values()
-        grams = 8 * sum(side**2 for side in sides) if OBJECTIVES[settings.objective].needs_text else 0
-        if settings.needs_curvature:
-            grams += 8 * sum(m.shape[0] ** 2 for m in self.matrices)
-        nested = 8 * self.in_matrices + grams
-        if settings.refine in ("e2e", "both"):
-            # Both models, and of the compressed one's matrices gradient, two moments and the best state.
-            return nested + 8 * self.numbers + 16 * self.in_matrices
-        return nested + 4 * self.numbers
+        return estimate_needs(self.checkpoint, settings, kept=settings.keep or 1.0).memory

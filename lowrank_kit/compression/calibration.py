@@ -21,6 +21,7 @@ from lowrank_kit.compression.evidence import foldable, refuse_non_finite
 from lowrank_kit.compression.objectives import OBJECTIVES, Options, Statistics
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import input_grams, input_grams_and_loss, output_grams
+from lowrank_kit.compression.targets import targeted
 from lowrank_kit.compression.texts import Texts, draw_texts
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.device import resolve_device, resolve_dtype
@@ -98,6 +99,7 @@ def calibrate(
         LowRankError: NaN or Inf in an activation or a gradient.
     """
     started = time.perf_counter()
+    checkpoint = targeted(checkpoint, settings)
     texts = texts or draw(checkpoint, settings)
     model = load_model(checkpoint, device=resolve_device(device), dtype=resolve_dtype(dtype))
     matrices = [stored.matrix for stored in foldable(checkpoint)]

@@ -5,14 +5,9 @@ from __future__ import annotations
 from tqdm import tqdm
 
 from lowrank_kit.checkpoint.folder import Checkpoint, refuse_non_finite
-from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.compression.allocation import Evidence
+from lowrank_kit.compression.targets import foldable as foldable
 from lowrank_kit.linalg.spectrum import singular_values_of_gram
-
-
-def foldable(checkpoint: Checkpoint) -> list[StoredMatrix]:
-    """The matrices that can be factorized: all but fused experts."""
-    return [stored for stored in checkpoint.matrices() if stored.matrix.expert is None]
 
 
 def weight_evidence(checkpoint: Checkpoint) -> dict[str, Evidence]:

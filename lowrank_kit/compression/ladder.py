@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +38,12 @@ class Ladder:
     def rank(self, step: int) -> int | None:
         """Rank at a step, None where the matrix is dense."""
         return None if step == len(self) - 1 else int(self.ranks[step])
+
+    def numbers(self, form: str, dtype: str | None) -> list[int]:
+        """Numbers at each step, whatever the costs count; `form` and `dtype` as of `ladder`."""
+        ranks = self.ranks[:-1].tolist()
+        counts = [FORMS[cheapest_form(self.shape, r, form, dtype)].numbers(self.shape, r) for r in ranks]
+        return [*counts, math.prod(self.shape)]
 
     def above(self, step: int) -> Ladder:
         """The ladder from a step on."""

@@ -18,11 +18,13 @@ from lowrank_kit.compression.budget import allocate
 from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.ladder import Ladder, cheapest_form, ladder
 from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.compression.targets import Targets, targeted, targets
 from lowrank_kit.errors import DoesNotFitError, UsageError
 
-EXPERT = "a fused expert"
-ALL_DENSE = "the dense model fits the budget"
-BOUGHT_DENSE = "factors of its share would not save anything"
+ALL_DENSE = "the dense model fits"
+BOUGHT_DENSE = "its share buys it whole"
+NO_RANK = "rank 1 saves nothing"
+KEPT = "kept whole by the recipe"
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,16 @@ class PlannedMatrix:
         return FORMS[self.form].numbers(self.stored.matrix.shape, self.rank)
 
     @property
+    def bytes_before(self) -> int:
+        """Bytes of the dense matrix."""
+        return tensor_bytes(self.dtype, self.stored.matrix.shape)
+
+    @property
     def bytes_after(self) -> int:
         """Bytes of its tensors."""
-        shape = self.stored.matrix.shape
         if self.rank is None:
-            return tensor_bytes(self.dtype, shape)
-        return FORMS[self.form].nbytes(shape, self.rank, self.dtype)
+            return self.bytes_before
+        return FORMS[self.form].nbytes(self.stored.matrix.shape, self.rank, self.dtype)
 
     def row(self) -> dict[str, Any]:
         """One row of the plan's table."""
@@ -85,6 +91,8 @@ class PlannedMatrix:
             "rank": self.rank,
             "form": self.form,
             "kept": self.numbers_after / self.numbers_before,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
             "note": self.reason,
         }
 
@@ -97,11 +105,13 @@ class Plan:
         checkpoint: the source.
         settings: what was asked for.
         matrices: what becomes of each matrix.
+        said: which matrices are targets, and keeps of their own.
     """
 
     checkpoint: Checkpoint
     settings: CompressSettings
     matrices: tuple[PlannedMatrix, ...]
+    said: Targets
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -160,19 +170,21 @@ def make_plan(
         DoesNotFitError: the budget is below the smallest possible, which is told.
         ValueError: the allocation needs evidence, and there is none.
     """
-    dense, smallest = _bounds(checkpoint, settings)
-    limit = settings.limit(dense.spent)
-    if dense.spent <= limit:
-        return dense
+    limit, largest, smallest = _bounds(checkpoint, settings)
+    if largest.spent <= limit:
+        return largest
+    checkpoint, said = largest.checkpoint, largest.said
     if ALLOCATIONS[settings.allocation or "uniform"].needs != "nothing" and evidence is None:
         raise ValueError(f"allocation {settings.allocation} needs evidence, see evidence_needed")
-    forsale = {m.stored.matrix.name: _ladder(m, settings) for m in smallest.matrices if m.reason != EXPERT}
+    fixed = _fixed_steps(smallest)
+    forsale = {m.stored.matrix.name: _ladder(m, settings) for m in smallest.matrices}
+    forsale = {name: one for name, one in forsale.items() if name not in said.dense and name not in fixed}
     known = [(evidence or {}).get(name, Evidence()) for name in forsale]
     least = sum(int(one.costs[0]) for one in forsale.values())
     spendable = limit - smallest.spent + least
     while True:
         steps = allocate(list(forsale.values()), known, ALLOCATIONS[settings.allocation or "uniform"], spendable)
-        plan = _plan(checkpoint, settings, dict(zip(forsale, steps, strict=True)))
+        plan = _plan(checkpoint, settings, said, fixed | dict(zip(forsale, steps, strict=True)))
         excess = plan.spent - limit
         if excess <= 0:
             return plan
@@ -188,20 +200,25 @@ def evidence_needed(checkpoint: Checkpoint, settings: CompressSettings) -> str:
         UsageError: the checkpoint is compressed already, or has no matrix.
         DoesNotFitError: the budget is below the smallest possible, which is told.
     """
-    dense, _ = _bounds(checkpoint, settings)
-    if dense.spent <= settings.limit(dense.spent):
+    limit, largest, _ = _bounds(checkpoint, settings)
+    if largest.spent <= limit:
         return "nothing"
     return ALLOCATIONS[settings.allocation or "uniform"].needs
 
 
-def _bounds(checkpoint: Checkpoint, settings: CompressSettings) -> tuple[Plan, Plan]:
-    """The dense plan and the smallest one, after refusing a budget that is below both."""
+def _bounds(checkpoint: Checkpoint, settings: CompressSettings) -> tuple[int, Plan, Plan]:
+    """The budget in numbers or bytes, the largest plan and the smallest, after refusing a budget below both."""
     _refuse_compressed(checkpoint)
-    dense = _plan(checkpoint, settings, None)
-    smallest = _plan(checkpoint, settings, {m.stored.matrix.name: 0 for m in dense.matrices})
-    least_plan = min(smallest, dense, key=lambda plan: plan.spent)
+    checkpoint = targeted(checkpoint, settings)
+    said = targets(checkpoint, settings)
+    dense = _plan(checkpoint, settings, said, {})
+    fixed = _fixed_steps(dense)
+    largest = _plan(checkpoint, settings, said, fixed)
+    smallest = _plan(checkpoint, settings, said, {m.stored.matrix.name: 0 for m in dense.matrices} | fixed)
+    limit = settings.limit(dense.spent)
+    least_plan = min(smallest, largest, key=lambda plan: plan.spent)
     least = least_plan.spent
-    if settings.limit(dense.spent) < least:
+    if limit < least:
         unit = "bytes" if settings.budget == "size" else "numbers"
         possible = f"{least:,} {unit}"
         amount: float | int = least
@@ -213,13 +230,19 @@ def _bounds(checkpoint: Checkpoint, settings: CompressSettings) -> tuple[Plan, P
             f"{_counts(least_plan)}, everything else as it is",
             hint=f"--{settings.budget} {amount}, or more",
         )
-    return dense, smallest
+    return limit, largest, smallest
 
 
 def _counts(plan: Plan) -> str:
     """How many matrices become what."""
-    counts = Counter("at rank 1" if m.rank is not None else f"dense ({m.reason})" for m in plan.matrices)
-    return ", ".join(f"{count} of {len(plan.matrices)} matrices {what}" for what, count in counts.items())
+
+    def what(planned: PlannedMatrix) -> str:
+        if planned.rank is None:
+            return f"dense ({planned.reason})"
+        return "as the recipe keeps them" if planned.stored.matrix.name in plan.said.keeps else "at rank 1"
+
+    counts = Counter(map(what, plan.matrices))
+    return ", ".join(f"{count} of {len(plan.matrices)} matrices {words}" for words, count in counts.items())
 
 
 def _refuse_compressed(checkpoint: Checkpoint) -> None:
@@ -231,24 +254,50 @@ def _refuse_compressed(checkpoint: Checkpoint) -> None:
         )
 
 
-def _plan(checkpoint: Checkpoint, settings: CompressSettings, steps: Mapping[str, int] | None) -> Plan:
-    """The plan with these steps of the ladders; None for all dense."""
-    planned = (_decide(checkpoint, settings, stored, steps) for stored in checkpoint.matrices())
-    return Plan(checkpoint, settings, tuple(planned))
+def _fixed_steps(plan: Plan) -> dict[str, int]:
+    """Steps of the matrices that the recipe gives a keep of their own.
+
+    Raises:
+        DoesNotFitError: a keep below that of rank 1.
+    """
+    planned = {m.stored.matrix.name: m for m in plan.matrices}
+    return {name: _own_step(planned[name], keep, plan.settings) for name, keep in plan.said.keeps.items()}
+
+
+def _own_step(planned: PlannedMatrix, keep: Fraction, settings: CompressSettings) -> int:
+    rungs, form = _ladder(planned, settings), settings.form or "factors"
+    numbers = rungs.numbers(form, _counted(planned, settings))
+    within = [step for step, count in enumerate(numbers) if count <= keep * numbers[-1]]
+    if within or len(rungs) == 1:
+        return within[-1] if within else 0
+    least = math.ceil(Fraction(numbers[0], numbers[-1]) * 10**6) / 10**6
+    raise DoesNotFitError(
+        f"the recipe keeps {float(keep):g} of {planned.stored.matrix.name}, and the smallest possible is {least:g}: "
+        f"{numbers[0]:,} of its {numbers[-1]:,} numbers, at rank {rungs.rank(0)}",
+        hint=f"keep: {least:g}, or more",
+    )
+
+
+def _plan(checkpoint: Checkpoint, settings: CompressSettings, said: Targets, steps: Mapping[str, int]) -> Plan:
+    """The plan with these steps of the ladders; what has none stays dense."""
+    planned = (_decide(checkpoint, settings, stored, said, steps) for stored in checkpoint.matrices())
+    return Plan(checkpoint, settings, tuple(planned), said)
 
 
 def _decide(
-    checkpoint: Checkpoint, settings: CompressSettings, stored: StoredMatrix, steps: Mapping[str, int] | None
+    checkpoint: Checkpoint, settings: CompressSettings, stored: StoredMatrix, said: Targets, steps: Mapping[str, int]
 ) -> PlannedMatrix:
-    dense = PlannedMatrix(stored, checkpoint.headers[stored.tensors[0]].dtype, "dense", None, EXPERT)
-    if stored.matrix.expert is not None:
+    name = stored.matrix.name
+    dense = PlannedMatrix(stored, checkpoint.headers[stored.tensors[0]].dtype, "dense", None, ALL_DENSE)
+    if name in said.dense:
+        return replace(dense, reason=said.dense[name])
+    if name not in steps:
         return dense
-    if steps is None:
-        return replace(dense, reason=ALL_DENSE)
     rungs = _ladder(dense, settings)
-    rank = rungs.rank(steps[stored.matrix.name])
+    rank = rungs.rank(steps[name])
     if rank is None:
-        return replace(dense, reason=BOUGHT_DENSE if len(rungs) > 1 else "rank 1 would not save anything")
+        bought = KEPT if name in said.keeps else BOUGHT_DENSE
+        return replace(dense, reason=bought if len(rungs) > 1 else NO_RANK)
     form = cheapest_form(stored.matrix.shape, rank, settings.form or "factors", _counted(dense, settings))
     return replace(dense, form=form, rank=rank, reason="")
 

@@ -14,6 +14,7 @@ from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
 from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan
+from lowrank_kit.compression.recipe import RECIPE_FILE, write_recipe
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.compression.work import Kept
@@ -67,12 +68,16 @@ def make_report(
 
 
 def command_line(model: str, settings: CompressSettings, *, device: str = "auto", dtype: str = "float32") -> str:
-    """The command that does the same again."""
+    """The command that does the same again; in the folder that it made, if the recipe there is needed."""
     words = ["lowrank", "compress", model]
     for field in fields(CompressSettings):
-        value = getattr(settings, field.name)
-        if value != field.default and field.name != "time":
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+        value, option = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name == "keeps":
+            words += ["--recipe", RECIPE_FILE] * bool(value)
+        elif isinstance(value, tuple):
+            words += [word for one in value for word in (option, one)]
+        elif value != field.default and field.name != "time":
+            words += [option, str(value)]
     words += ["--device", device] * (device != "auto") + ["--dtype", dtype] * (dtype != "float32")
     return shlex.join([*words, "-o", "OUTPUT"])
 
@@ -88,6 +93,8 @@ def write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
         }
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     write_json(folder / REPORT_FILE, report)
+    if plan.settings.keeps:
+        write_recipe(folder, plan.settings.keeps)
     card = compressed_card(
         base_model=Path(report["model"]).name if Path(report["model"]).is_dir() else report["model"],
         summary=size_rows(plan.totals()),

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from lowrank_kit.compression.auto import Choice, choose
 from lowrank_kit.compression.calibration import Calibration
 from lowrank_kit.compression.forecast import forecast
 from lowrank_kit.compression.job import Job
-from lowrank_kit.compression.plan import Plan, evidence_needed, output_name
+from lowrank_kit.compression.needs import check_disk, planned_needs
+from lowrank_kit.compression.plan import Plan, evidence_needed, make_plan, output_name
 from lowrank_kit.compression.record import make_report, write_documents
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import mean_loss
+from lowrank_kit.compression.targets import targeted
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.compression.work import Kept, WorkFolder
 from lowrank_kit.device import resolve_device, resolve_dtype
@@ -73,16 +75,18 @@ def compress(
     Raises:
         UsageError: no such model, not a dense causal LM, an output that is not empty, too little text, another process
             at the same output, an unfinished compression with other settings.
-        DoesNotFitError: a budget below the smallest possible.
+        DoesNotFitError: a budget below the smallest possible, or too little disk.
         LowRankError: a broken shard, NaN or Inf in a matrix, an activation or a loss.
     """
-    checkpoint, work = Checkpoint.open(model), WorkFolder(Path(output))
+    checkpoint, work = targeted(Checkpoint.open(model), settings), WorkFolder(Path(output))
     where = resolve_device(device)
     with work.open(resume=resume):
         if work.is_whole():
             return work.finish()
         choice = _choice(checkpoint, settings, where, work)
         needed = evidence_needed(checkpoint, choice.settings)
+        planned = make_plan(checkpoint, replace(choice.settings, allocation="uniform"))
+        check_disk(planned_needs(planned, choice.settings, dtype=resolve_dtype(dtype)), Path(output))
         hashes = checkpoint.verify()
         job = Job(
             checkpoint, choice.settings, needed, work, calibration=calibration, device=where, dtype=resolve_dtype(dtype)

@@ -12,6 +12,7 @@ from lowrank_kit.checkpoint.writer import MAX_SHARD_BYTES
 from lowrank_kit.compression.allocation import ALLOCATIONS
 from lowrank_kit.compression.forms import FORMS
 from lowrank_kit.compression.objectives import OBJECTIVES, Options
+from lowrank_kit.compression.recipe import KeepRule
 from lowrank_kit.errors import UsageError, did_you_mean
 
 BUDGETS = ("keep", "params", "size")
@@ -48,6 +49,11 @@ class CompressSettings:
         blend: of anchored objectives, 0 <= b <= 1: 0 keeps the map from the compressed model's inputs, 1 the outputs
             of the dense model.
         align: what ranks are multiples of; None goes with the shape, see `default_align`.
+        include: patterns of names, as in a shell; what none of them matches stays dense. The LM head is a target if one
+            of them is its name, and counts as a matrix then.
+        exclude: patterns of names of matrices that stay dense, and are counted by the budget like others.
+        keeps: matrices with a keep of their own, see `KeepRule`; the first that takes a matrix. The rest of the budget
+            is for the others.
         text: text source of the calibration; None is the standard library. Its held-out part is left alone.
         calibration_blocks: sequences of calibration text.
         check_blocks: sequences apart from the calibration, on which errors are measured and refinement is judged.
@@ -76,6 +82,9 @@ class CompressSettings:
     time: float | None = None
     blend: float = Options.blend
     align: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    keeps: tuple[KeepRule, ...] = ()
     text: str | None = None
     calibration_blocks: int = 128
     check_blocks: int = 16

@@ -43,9 +43,12 @@ def input_grams(
     Raises:
         LowRankError: NaN or Inf in an input, or no input at all, with the matrix named.
     """
+    matrices = list(matrices)
+    inside = set(model.base_model.modules())
+    headless = all(model.get_submodule(matrix.name) in inside for matrix in matrices)
     with _adding(model, matrices) as grams, torch.inference_mode():
         for ids in _batches(model, blocks, batch_size, "calibration"):
-            model.base_model(input_ids=ids, use_cache=False)  # without the head
+            (model.base_model if headless else model)(input_ids=ids, use_cache=False)
     return _whole(grams)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from lowrank_kit.errors import UsageError, did_you_mean
 from lowrank_kit.linalg.topk import rank_of_fraction
-from lowrank_kit.matrices import ADAPTER_PARTS, Matrix, find_matrices
+from lowrank_kit.matrices import ADAPTER_PARTS, Matrix, find_matrices, names_matching
 from lowrank_kit.optim.groups import POSITION
 from lowrank_kit.optim.numuon import NuMuon
 from lowrank_kit.optim.rules import MATRIX_RULES
@@ -186,12 +185,7 @@ def _layout(matrix: Matrix | None) -> dict[str, Any]:
 def _override(
     chosen: dict[str, dict[str, Any]], pattern: str, change: dict[str, Any], defaults: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    matching = [name for name in chosen if fnmatchcase(name, pattern)]
-    if not matching:
-        raise UsageError(
-            f'the pattern "{pattern}" matches none of {len(chosen)} trainable parameters',
-            hint=f'names are as "{next(iter(chosen), "")}", and "*.o_proj.*" matches all of a kind',
-        )
+    matching = names_matching(pattern, chosen, "trainable parameters")
     # What changes its rule also takes the learning rate of the new one, and an adapter the options of the matrices.
     missing: Mapping[str, Any] = {}
     if change.get("rule") in MATRIX_RULES:

@@ -12,6 +12,8 @@ Columns = Sequence[str] | Mapping[str, str]
 MISSING = "-"
 # Numbers from the first to below the second are written without an exponent.
 PLAIN = (1e-4, 1e9)
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+_CLASSES = {60: "seconds", 3600: "minutes", 86_400: "hours", math.inf: "days"}
 
 
 def text_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
@@ -55,6 +57,19 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"about {seconds / unit:,.0f} {name}"
     return f"about {max(seconds, 1):.0f} seconds"
+
+
+def time_class(seconds: float) -> str:
+    """What an estimate of time is counted in: seconds, minutes, hours or days."""
+    return next(name for limit, name in _CLASSES.items() if seconds < limit)
+
+
+def amount(number: float, unit: str = "B") -> str:
+    """1,234,567 -> "1.23 MB"."""
+    place = min(int(math.log10(max(number, 1)) // 3), len(_PREFIXES) - 1)
+    number /= 1000**place
+    decimals = max(0, 2 - math.floor(math.log10(number))) if place else 0
+    return f"{number:,.{decimals}f} {_PREFIXES[place]}{unit}"
 
 
 def _escape(cell: str) -> str:

@@ -16,7 +16,7 @@ from lowrank_kit.errors import DoesNotFitError
 from lowrank_kit.matrices import Matrix, find_matrices
 from lowrank_kit.optim.footprint import state_bytes, step_bytes, step_flops
 from lowrank_kit.optim.numuon import NuMuon
-from lowrank_kit.report.tables import duration
+from lowrank_kit.report.tables import amount, duration, time_class
 from lowrank_kit.training.effective_rank import token_share
 from lowrank_kit.training.processes import num_processes
 from lowrank_kit.training.settings import TrainSettings
@@ -26,8 +26,6 @@ UTILIZATION = 0.5
 # The loss holds the logits, their log-softmax and the gradient at once, in float32.
 _LOGIT_COPIES = 3
 _WIDE = 4
-_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
-_CLASSES = {60: "seconds", 3600: "minutes", 86_400: "hours", math.inf: "days"}
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,9 @@ def check_memory(memory: Memory, settings: TrainSettings, device: torch.device) 
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if memory.least <= available:
         return available
-    largest = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in list(memory.parts().items())[:3])
+    largest = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in list(memory.parts().items())[:3])
     raise DoesNotFitError(
-        f"the run needs at least {_size(memory.least)} and {device} has {_size(available)} left; the largest "
+        f"the run needs at least {amount(memory.least)} and {device} has {amount(available)} left; the largest "
         f"parts: {largest}",
         hint=_remedy(memory, settings, available),
     )
@@ -181,7 +179,7 @@ def report(estimate: Estimate, device: torch.device, *, bf16: bool) -> dict[str,
         "product_flops_per_s": speed,
         "utilization": UTILIZATION,
         "seconds": seconds,
-        "time_class": next(name for limit, name in _CLASSES.items() if seconds < limit),
+        "time_class": time_class(seconds),
         "device": str(device),
     }
 
@@ -204,10 +202,12 @@ def report_rows(report: Mapping[str, Any], settings: TrainSettings) -> list[dict
     rows += [("tokens", f"{report['tokens']:,}", f"{report['steps']:,} steps of {settings.step_tokens:,}")]
     if report["processes"] > 1:
         rows += [("processes", f"{report['processes']}", "each takes this memory")]
-    rows += [(f"memory: {name.replace('_', ' ')}", _size(memory[name]), how) for name, how in known.items()]
-    rows += [(f"disk: {name}", _size(nbytes), _DISK[name]) for name, nbytes in report["disk"].items()]
-    rows += [(f"work: {name}", _size(flops[name], "FLOP"), how) for name, how in _WORK.items()]
-    speed = f"{UTILIZATION:.0%} of {_size(report['product_flops_per_s'], 'FLOP/s')} in products here, give or take half"
+    rows += [(f"memory: {name.replace('_', ' ')}", amount(memory[name]), how) for name, how in known.items()]
+    rows += [(f"disk: {name}", amount(nbytes), _DISK[name]) for name, nbytes in report["disk"].items()]
+    rows += [(f"work: {name}", amount(flops[name], "FLOP"), how) for name, how in _WORK.items()]
+    speed = (
+        f"{UTILIZATION:.0%} of {amount(report['product_flops_per_s'], 'FLOP/s')} in products here, give or take half"
+    )
     rows += [("time", duration(report["seconds"]), speed)]
     return [dict(zip(("what", "how much", "how"), row, strict=True)) for row in rows]
 
@@ -226,9 +226,9 @@ def _remedy(memory: Memory, settings: TrainSettings, available: int) -> str:
     fixed = memory.certain + (memory.activations + memory.logits) // sequences
     if sequences > 1 and max(fixed, memory.certain + memory.optimizer_step) <= available:
         fewer = f"--batch-size {processes} --accumulate {sequences * settings.accumulate}"
-        return f"{fewer} takes the same steps in about {_size(fixed)}"
+        return f"{fewer} takes the same steps in about {amount(fixed)}"
     smaller = "a smaller model, for example --model-config 15m; fewer --block-tokens; --checkpoint-activations"
-    return f"{smaller}; weights, gradients and optimizer state alone take {_size(memory.certain)}"
+    return f"{smaller}; weights, gradients and optimizer state alone take {amount(memory.certain)}"
 
 
 def _parameters(model: PreTrainedModel, matrices: list[Matrix]) -> dict[str, int]:
@@ -285,11 +285,3 @@ def _model_flops(model: PreTrainedModel, matrices: list[Matrix], settings: Train
     each = (6.0 if settings.lora is None else 4.0) + 2.0 * again
     attention = 6.0 + 2.0 * again
     return {"model": each * (met + head) * tokens, "attention": attention * heads * settings.block_tokens * tokens}
-
-
-def _size(number: float, unit: str = "B") -> str:
-    """1,234,567 -> "1.23 MB"."""
-    place = min(int(math.log10(max(number, 1)) // 3), len(_PREFIXES) - 1)
-    number /= 1000**place
-    decimals = max(0, 2 - math.floor(math.log10(number))) if place else 0
-    return f"{number:,.{decimals}f} {_PREFIXES[place]}{unit}"

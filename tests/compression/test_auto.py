@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression import auto
 from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.auto import choose
 from lowrank_kit.compression.forecast import LAWS, forecast
+from lowrank_kit.compression.needs import estimate_needs
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import make_plan
 from lowrank_kit.compression.preview import preview
@@ -78,13 +81,23 @@ def test_less_time_means_less_work(checkpoint: Checkpoint, monkeypatch: pytest.M
     assert "quickest" in hurried.reasons[0]
 
 
-def test_too_little_memory_for_two_models(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_two_models(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peak of many blocks is where two models are whole, which training end to end needs alone."""
     machine(monkeypatch)
-    assert choose(checkpoint, settings(), CPU).settings.refine != "none"
-    numbers = sum(torch.Size(h.shape).numel() for h in checkpoint.headers.values())
-    machine(monkeypatch, memory=25 * numbers)
-    choice = choose(checkpoint, settings(), CPU)
-    assert choice.settings.refine == "none"
+    tiny_llama(num_hidden_layers=12).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    asked = settings(calibration_blocks=1, check_blocks=1, refine_blocks=1, batch_size=1, block_tokens=2)
+    best = choose(checkpoint, asked, CPU).settings
+    assert best.refine != "none"
+    needed = estimate_needs(checkpoint, best, kept=0.5)
+    assert needed.end_to_end > max(section.total for section in needed.sections)
+    machine(monkeypatch, memory=needed.end_to_end)
+    assert choose(checkpoint, asked, CPU).settings == best
+    machine(monkeypatch, memory=needed.end_to_end - 1)
+    choice = choose(checkpoint, asked, CPU)
+    assert (choice.settings.objective, choice.settings.refine) == ("anchored-two-sided", "none")
     assert "GB are left" in choice.reasons[1]
 
 

@@ -88,6 +88,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of the calibration run; the weights on disk keep theirs.",
 )
+@click.option(
+    "--spill",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="Folder for hidden states on their way through the blocks, instead of memory.",
+)
+@click.option("--resume", is_flag=True, default=False, help="Go on with what an earlier run has left beside DIR.")
 @click.option("--dry-run", is_flag=True, default=False, help="Print the plan with exact bytes and write nothing.")
 @output_option(required=False)
 @seed_option
@@ -100,6 +107,8 @@ def command(
     model: str,
     output: Path | None,
     recipe: Path | None,
+    spill: Path | None,
+    resume: bool,
     dry_run: bool,
     device: str,
     dtype: str,
@@ -113,6 +122,9 @@ def command(
     --size; it is never exceeded. How is chosen by the time allowed, or said by --objective, --allocation, --form and
     --refine; text is drawn in disjoint parts to calibrate, to refine and to check. The result is a Hugging Face
     folder that from_pretrained loads after `import lowrank_kit`.
+
+    The model is read block by block. What is finished is kept in DIR.partial until the output is whole: a run that was
+    stopped, in whatever way, goes on with --resume and the same settings.
 
     A PATTERN is of names of matrices as in a shell, "*.o_proj"; with --include what is not named stays dense. The
     budget counts these too. --include lm_head, the head's own name, makes a head that is not tied a matrix like others.
@@ -132,14 +144,15 @@ def command(
         from lowrank_kit.device import resolve_device, resolve_dtype
 
         where, number = resolve_device(device), resolve_dtype(dtype)
-        found = preview(Checkpoint.open_headers(model), settings, where, dtype=number, output=output)
+        found = preview(Checkpoint.open_headers(model), settings, where, dtype=number, output=output, spill=spill)
         emit(found, _plan_text(found, verbosity), as_json)
         return
     assert output is not None
-    check_new_folder(output)
+    if not resume:
+        check_new_folder(output)
     from lowrank_kit.compression.run import compress
 
-    report = compress(model, output, settings, device=device, dtype=dtype)
+    report = compress(model, output, settings, device=device, dtype=dtype, resume=resume, spill=spill)
     emit(report, _report_text(report, output), as_json)
 
 

@@ -24,7 +24,8 @@ import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
-from lowrank_kit.compression.run import calibrate, compress
+from lowrank_kit.compression.calibration import calibrate
+from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.config import load_settings
 from lowrank_kit.data.corpus import load_corpus

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from lowrank_kit.compression.needs import estimate_needs
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.settings import AUTO, CompressSettings
 from lowrank_kit.compression.targets import foldable, targeted
+from lowrank_kit.config import from_dict, to_dict
 from lowrank_kit.device import available_memory, product_flops
 from lowrank_kit.report.tables import duration
 
@@ -52,17 +53,17 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """For compression.json and the plan."""
-        return {
-            "settings": asdict(self.settings),
-            "reasons": list(self.reasons),
-            "stages": self.stages,
-            "seconds": self.seconds,
-        }
+        return {"reasons": list(self.reasons), "stages": self.stages, "seconds": self.seconds}
+
+    def kept(self) -> dict[str, Any]:
+        """For `of`."""
+        return {"settings": to_dict(self.settings), **self.record()}
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Choice:
-        """The choice of a record."""
-        return cls(CompressSettings(**record["settings"]), tuple(record["reasons"]), record["stages"])
+        """The choice that `kept` was asked of."""
+        settings = from_dict(CompressSettings, record["settings"], "the choice of an earlier run")
+        return cls(settings, tuple(record["reasons"]), record["stages"])
 
 
 def choose(checkpoint: Checkpoint, settings: CompressSettings, device: torch.device) -> Choice:

@@ -217,7 +217,7 @@ def draw(checkpoint: Checkpoint, settings: CompressSettings) -> Texts:
     )
     for blocks in texts.sets.values():
         check_blocks(checkpoint.meta_model(), blocks)
-    _refuse_few_tokens([stored.matrix for stored in foldable(checkpoint)], texts.calibration, settings)
+    _refuse_few_tokens([stored.matrix for stored in foldable(checkpoint, settings)], texts.calibration, settings)
     return texts
 
 

@@ -133,11 +133,22 @@ class Chain:
         return _hidden(block(hidden_BTD.to(self.device), *call.args, **call.kwargs))
 
     def run_all(self, index: int, block: nn.Module, stream: Stream) -> Stream:
-        """What a block makes of all sequences, without autograd; the stream is used up."""
+        """What a block makes of all sequences, without autograd; the stream is used up.
+
+        Raises:
+            LowRankError: NaN or Inf in it.
+        """
 
         def run(hidden_BTD: Tensor) -> Tensor:
             with torch.no_grad(), in_evaluation(block):
-                return self.run(index, block, hidden_BTD).cpu()
+                given = self.run(index, block, hidden_BTD).cpu()
+            if not given.isfinite().all():
+                raise LowRankError(
+                    f"NaN or Inf in the output of {self.paths[index]}: "
+                    f"{int((~given.isfinite()).sum())} of {given.numel()} activations",
+                    hint="try --dtype float32; if the dense model itself gives NaN on this text, it is broken",
+                )
+            return given
 
         return stream.advance(run, self.batch_size, index + 1)
 

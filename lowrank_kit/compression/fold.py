@@ -20,15 +20,7 @@ from lowrank_kit.checkpoint.folder import Checkpoint, refuse_non_finite
 from lowrank_kit.compression.calibration import Calibration, dense_objective, timed
 from lowrank_kit.compression.chain import Chain
 from lowrank_kit.compression.flow import Flow, exchanged, twin
-from lowrank_kit.compression.gather import (
-    Grams,
-    changed_grams,
-    grams_after,
-    grams_before,
-    grams_while,
-    in_order,
-    loss_after,
-)
+from lowrank_kit.compression.gather import Gathering, Grams, changed_grams, in_order, loss_after
 from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
 from lowrank_kit.compression.piece import TORCH_DTYPES, Piece, cut
 from lowrank_kit.compression.plan import Plan, PlannedMatrix
@@ -117,6 +109,9 @@ class Fold:
             self.ids = {name: blocks.ids for name, blocks in texts.sets.items() if name in self._flowing()}
             changed = self._flowing() if self.objective.sequential else {"check", "refinement"}
             self.flow = Flow(chain, self.ids, changed, spill)
+            self.grams = Gathering(self.flow, calibration, self.objective.sequential, self.seconds)
+        else:
+            self.grams = Gathering(None, calibration, self.objective.sequential, self.seconds)
 
     def run(self, done: Done) -> Iterator[tuple[Section, Folded]]:
         """Fold section after section.
@@ -133,7 +128,7 @@ class Fold:
         if self.chain is None:
             for section in self.sections:
                 if section.stored and not done.has(section):
-                    yield section, self._outside(section, self._grams_known(section))
+                    yield section, self._outside(section, self.grams.known(section))
             return
         before, *blocks, after = self.sections
         if done.has(after):
@@ -142,7 +137,7 @@ class Fold:
         if done.has(before):
             begun = done.get(before)
         elif before.stored:
-            yield before, (begun := self._outside(before, self._grams_before(before)))
+            yield before, (begun := self._outside(before, self.grams.before(before)))
         for section in self._from_where_it_stopped(blocks, begun, done):
             with self.chain.inside(section.index - 1):
                 found = done.get(section) if done.has(section) else None
@@ -151,7 +146,7 @@ class Fold:
                     yield section, made
                 self.flow.run_changed(section.index - 1, block)
             self.flow.settle()
-        ended = self._outside(after, self._grams_after(after))
+        ended = self._outside(after, self.grams.after(after))
         ended.losses = self._losses(begun.pieces | ended.pieces)
         yield after, ended
 
@@ -185,7 +180,7 @@ class Fold:
                 self.flow.run_dense(name, index, block)
             _install(changed, found, section)
             return changed, found
-        grams = self._grams_inside(section, block)
+        grams = self.grams.inside(section, block)
         made = Folded()
         sequential = self.objective.sequential
         cuts = self._cut_in_turn(section, block, changed, grams) if sequential else self._cut_all(section, grams)
@@ -297,51 +292,6 @@ class Fold:
             dtype = TORCH_DTYPES[headers[disk].dtype] if disk is not None else stored_dtype(self.plan)
             found[name] = tensor.to(dtype)
         return found
-
-    # Grams
-
-    def _grams_known(self, section: Section) -> Grams:
-        if self.calibration is None:
-            return Grams()
-        keys = {matrix.shares_input: matrix.name for matrix in section.matrices}
-        calibration = {key: self.calibration.statistics[name].gram for key, name in keys.items()}
-        known = {key: gram for key, gram in calibration.items() if gram is not None}
-        return Grams(known, {key: self.calibration.check_grams[key] for key in keys})
-
-    def _grams_before(self, section: Section) -> Grams:
-        if self.calibration is not None or not section.stored:
-            return self._grams_known(section)
-        assert self.chain is not None
-        return Grams(*(grams_before(self.chain, section.matrices, self.ids[name]) for name in ("calibration", "check")))
-
-    def _grams_after(self, section: Section) -> Grams:
-        if self.calibration is not None or not section.stored:
-            return self._grams_known(section)
-        assert self.chain is not None
-        found = (
-            grams_after(self.chain, section.matrices, self.ids[name], self.flow.dense[name])
-            for name in ("calibration", "check")
-        )
-        return Grams(*found)
-
-    def _grams_inside(self, section: Section, block: nn.Module) -> Grams:
-        """Of a block, while the dense streams go through; that of a sequential objective's calibration stays before."""
-        assert self.chain is not None
-        index, found = section.index - 1, {}
-        for name in self.flow.dense:
-            wanted = name != "refinement" and self.calibration is None
-            stays = name == "calibration" and self.objective.sequential
-            with timed(self.seconds, "grams" if wanted else "dense model"):
-                run = (
-                    (lambda name=name: self.flow.peek(name, index, block))
-                    if stays
-                    else (lambda name=name: self.flow.run_dense(name, index, block))
-                )
-                if wanted:
-                    found[name] = grams_while(run, block, section.matrices, f"{section.path}.")
-                elif not stays:
-                    run()
-        return Grams(**found) if self.calibration is None else self._grams_known(section)
 
     def _losses(self, pieces: Mapping[str, Piece]) -> dict[str, float]:
         assert self.chain is not None

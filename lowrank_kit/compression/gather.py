@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_kit.compression.calibration import Calibration, timed
 from lowrank_kit.compression.chain import Chain, read_input
+from lowrank_kit.compression.flow import Flow
+from lowrank_kit.compression.sections import Section
 from lowrank_kit.compression.statistics import adder, reading
 from lowrank_kit.compression.streams import Stream
 from lowrank_kit.errors import LowRankError
@@ -163,3 +167,58 @@ def changed_grams(
             hint="a higher budget, or --objective whiten",
         )
     return mirrored(gram).cpu(), cross.cpu()
+
+
+class Gathering:
+    """Grams of the dense model, section by section.
+
+    Args:
+        flow: the streams; None where all is known already, or no text is run.
+        calibration: of the whole model, if there is one: nothing is gathered then.
+        sequential: the calibration's dense stream stays before a block whose Grams are gathered.
+        seconds: the time it takes is added here.
+    """
+
+    def __init__(
+        self, flow: Flow | None, calibration: Calibration | None, sequential: bool, seconds: dict[str, float]
+    ) -> None:
+        self.flow, self.calibration, self.sequential, self.seconds = flow, calibration, sequential, seconds
+
+    def known(self, section: Section) -> Grams:
+        """From the calibration."""
+        if self.calibration is None:
+            return Grams()
+        grams = {key: self.calibration.statistics[name].gram for key, name in section.readers.items()}
+        check = {key: self.calibration.check_grams[key] for key in section.readers}
+        return Grams({key: gram for key, gram in grams.items() if gram is not None}, check)
+
+    def before(self, section: Section) -> Grams:
+        """Of matrices before the first block."""
+        if self.calibration is not None or not section.stored:
+            return self.known(section)
+        assert self.flow is not None
+        chain, texts = self.flow.chain, self.flow.texts
+        return Grams(*(grams_before(chain, section.matrices, texts[name]) for name in ("calibration", "check")))
+
+    def after(self, section: Section) -> Grams:
+        """Of matrices after the last block."""
+        if self.calibration is not None or not section.stored:
+            return self.known(section)
+        assert self.flow is not None
+        chain, texts, dense = self.flow.chain, self.flow.texts, self.flow.dense
+        names = ("calibration", "check")
+        return Grams(*(grams_after(chain, section.matrices, texts[name], dense[name]) for name in names))
+
+    def inside(self, section: Section, block: nn.Module) -> Grams:
+        """Of a block, while the dense streams go through it."""
+        assert self.flow is not None
+        index, found = section.index - 1, {}
+        for name in self.flow.dense:
+            stays = name == "calibration" and self.sequential
+            move = partial(self.flow.peek if stays else self.flow.run_dense, name, index, block)
+            if name != "refinement" and self.calibration is None:
+                with timed(self.seconds, "grams"):
+                    found[name] = grams_while(move, block, section.matrices, section.prefix)
+            elif not stays:
+                move()
+        return self.known(section) if self.calibration is not None else Grams(**found)

@@ -136,7 +136,7 @@ class Job:
                 self.settings,
                 self.needed,
                 chain=chain,
-                sections=sections_of(foldable(self.checkpoint), self.blocks, chain),
+                sections=sections_of(foldable(self.checkpoint, self.settings), self.blocks, chain),
                 ids=self.texts.calibration.ids,
                 folder=self.work.survey,
                 spill=spill,

@@ -22,6 +22,7 @@ from lowrank_kit.checkpoint.headers import DTYPE_BITS
 from lowrank_kit.compression.chain import block_paths
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan
+from lowrank_kit.compression.sections import AFTER, BEFORE
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.targets import foldable
 from lowrank_kit.device import available_memory
@@ -29,7 +30,6 @@ from lowrank_kit.errors import DoesNotFitError
 from lowrank_kit.matrices import Matrix, block_of, block_path
 from lowrank_kit.report.tables import amount
 
-BEFORE, AFTER = "before the blocks", "after the blocks"
 # Bytes of a number: of what is summed and decomposed, and of what is trained and kept between stages.
 WIDE, SINGLE = 8, 4
 # Square matrices in float64 that a decomposition holds at once: the symmetric one, its vectors and LAPACK's workspace.
@@ -85,12 +85,21 @@ class Needs:
         """Bytes at the peak."""
         return max(self.end_to_end, *(section.total for section in self.sections))
 
-    def record(self, device: torch.device, folder: Path | None) -> dict[str, Any]:
+    def by_disk(self, folder: Path, spill: Path | None) -> dict[Path, int]:
+        """Bytes on each disk, by a folder on it: that of the output, and another one that the streams may be on."""
+        streams = self.disk["streams"]
+        everything = {folder: sum(self.disk.values())}
+        if spill is None or _device_of(spill) == _device_of(folder):
+            return everything
+        return {folder: everything[folder] - streams, spill: streams}
+
+    def record(self, device: torch.device, folder: Path | None, spill: Path | None = None) -> dict[str, Any]:
         """All numbers as plain values, and whether they fit.
 
         Args:
             device: where the text is run; streams are in the CPU's memory, and all else may be in both.
             folder: where the output is to be; None leaves the disk out of what is compared.
+            spill: where the streams are, if they are in files.
         """
         wanted, cpu = {device: self.memory}, torch.device("cpu")
         if device.type == "cuda":
@@ -102,8 +111,12 @@ class Needs:
             for where, nbytes in wanted.items()
             if nbytes > free[where]
         ]
-        if disk_free is not None and sum(self.disk.values()) > disk_free:
-            warnings.append(f"{amount(sum(self.disk.values()))} of disk are needed, {amount(disk_free)} are free")
+        if folder is not None:
+            warnings += [
+                f"{amount(nbytes)} of disk are needed at {where}, {amount(free_disk(where))} are free"
+                for where, nbytes in self.by_disk(folder, spill).items()
+                if nbytes > free_disk(where)
+            ]
         return {
             "memory": self.memory,
             "memory_free": {str(where): nbytes for where, nbytes in free.items()},
@@ -155,23 +168,31 @@ def planned_needs(
 
 def free_disk(folder: Path) -> int:
     """Bytes free where a folder is, or would be made."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_there(folder)).free
 
 
-def check_disk(needs: Needs, folder: Path) -> None:
+def check_disk(needs: Needs, folder: Path, spill: Path | None = None) -> None:
     """Refuse a run for which there is too little disk.
 
     Raises:
         DoesNotFitError: with what takes it.
     """
-    wanted, free = sum(needs.disk.values()), free_disk(folder)
-    if wanted > free:
-        parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in needs.disk.items() if nbytes)
-        raise DoesNotFitError(
-            f"{wanted:,} bytes of disk are needed at {folder}, and {free:,} are free: {parts}",
-            hint="an output folder on another disk, a lower budget, or --allocation uniform or erank",
-        )
+    for where, wanted in needs.by_disk(folder, spill).items():
+        if wanted > (free := free_disk(where)):
+            parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in needs.disk.items() if nbytes)
+            raise DoesNotFitError(
+                f"{wanted:,} bytes of disk are needed at {where}, and {free:,} are free: {parts}",
+                hint="a folder on another disk, a lower budget, or --allocation uniform or erank",
+            )
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
+def _device_of(folder: Path) -> int:
+    return _there(folder).stat().st_dev
 
 
 class _Estimate:

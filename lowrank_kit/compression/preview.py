@@ -35,7 +35,7 @@ def preview(
     *,
     dtype: torch.dtype | str = torch.float32,
     output: Path | None = None,
-    spill: bool = False,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
     """Plan, choice, needs and forecast; no text is read, and weights only where their spectra are asked for.
 
@@ -64,12 +64,12 @@ def preview(
     shown = replace(choice.settings, allocation="uniform") if needed in open_still else choice.settings
     evidence = _evidence(checkpoint, needed, device) if checkpoint.has_weights else None
     plan = make_plan(checkpoint, shown, evidence)
-    needs = planned_needs(plan, choice.settings, dtype=dtype, spill=spill)
+    needs = planned_needs(plan, choice.settings, dtype=dtype, spill=spill is not None)
     return {
         "totals": plan.totals(),
         "matrices": [matrix.row() for matrix in plan.matrices],
         "choice": choice.record(),
-        "needs": needs.record(device, output),
+        "needs": needs.record(device, output, spill),
         "time_class": time_class(choice.seconds),
         "forecast": forecast(plan.matrices, evidence, choice.settings.refine or "none"),
         "note": BY_UNIFORM.format(allocation=choice.settings.allocation, what=open_still[needed])

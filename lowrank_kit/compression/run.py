@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lowrank_kit.compression.statistics import mean_loss
 from lowrank_kit.compression.targets import targeted
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.compression.work import Kept, WorkFolder
+from lowrank_kit.config import to_dict
 from lowrank_kit.device import resolve_device, resolve_dtype
 from lowrank_kit.report.environment import PACKAGES, environment
 from lowrank_kit.report.tables import duration
@@ -86,7 +87,9 @@ def compress(
         choice = _choice(checkpoint, settings, where, work)
         needed = evidence_needed(checkpoint, choice.settings)
         planned = make_plan(checkpoint, replace(choice.settings, allocation="uniform"))
-        check_disk(planned_needs(planned, choice.settings, dtype=resolve_dtype(dtype)), Path(output))
+        needs = planned_needs(planned, choice.settings, dtype=resolve_dtype(dtype), spill=spill is not None)
+        if not resume:  # what is finished has its disk
+            check_disk(needs, Path(output), None if spill is None else Path(spill))
         hashes = checkpoint.verify()
         job = Job(
             checkpoint, choice.settings, needed, work, calibration=calibration, device=where, dtype=resolve_dtype(dtype)
@@ -140,10 +143,9 @@ def _fingerprint(
     found, versions = environment(), (*PACKAGES, "commit", "python")
     return {
         "files": dict(files),
-        "settings": asdict(settings),
+        "settings": to_dict(settings),
         "texts": {} if texts is None else {name: blocks.sha256 for name, blocks in texts.sets.items()},
-        "device": device,
-        "dtype": dtype,
+        "run": {"device": device, "dtype": dtype},
         "versions": {name: found[name] for name in versions},
     }
 

@@ -9,7 +9,7 @@ from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.compression.chain import Chain
 from lowrank_kit.matrices import Matrix
 
-BEFORE, AFTER = "before", "after"
+BEFORE, AFTER = "before the blocks", "after the blocks"
 
 
 @dataclass(frozen=True)

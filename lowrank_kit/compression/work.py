@@ -25,6 +25,7 @@ from lowrank_kit.compression.piece import Piece
 from lowrank_kit.compression.plan import Plan, PlannedMatrix
 from lowrank_kit.compression.refine import Refined
 from lowrank_kit.compression.sections import Section
+from lowrank_kit.config import settings_difference
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.report.files import finite, write_json, write_text
 
@@ -124,7 +125,12 @@ class WorkFolder:
         if found is None:
             write_json(self.path / MANIFEST, {"fingerprint": wanted, "choice": choice})
             return
-        if differences := list(_differences(found["fingerprint"], wanted)):
+        differences = [
+            f"{part}, {line}"
+            for part, now in wanted.items()
+            for line in settings_difference(found["fingerprint"].get(part, {}), now)
+        ]
+        if differences:
             raise UsageError(
                 f"{self.path}: an earlier compression with other settings is unfinished: {'; '.join(differences[:5])}"
                 + (f"; and {len(differences) - 5} more" if len(differences) > 5 else ""),
@@ -274,13 +280,3 @@ def _refuse_taken(output: Path) -> None:
         raise UsageError(f"{output} is a file, a folder is wanted", hint="choose another output folder")
     if output.is_dir() and (count := sum(1 for _ in output.iterdir())):
         raise UsageError(f"{output}: the output folder is not empty ({count} entries)", hint="choose a new folder")
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """What differs between two nested documents, in words."""
-    for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from _differences(one, other, f"{path}{key} ")
-        elif one != other:
-            yield f"{path}{key} was {json.dumps(one)}, is {json.dumps(other)}"

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.headers import DTYPE_BITS, SINGLE_FILE
-from lowrank_kit.checkpoint.reading import TORCH_DTYPES
+from lowrank_kit.checkpoint.reading import TORCH_DTYPES, opened, read_tensor
 from lowrank_kit.errors import LowRankError
 from tests.checkpoint.test_headers import entry, raw_file
 from tests.families import build
@@ -157,6 +158,18 @@ def test_a_shard_that_changed_is_refused(tmp_path: Path, change: str, when: str)
     assert caught.value.hint is not None
     with pytest.raises(LowRankError, match="changed between plan and run"):
         checkpoint.verify()
+
+
+def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
+    """As one does that is cut after the look at its size."""
+    path = folder_of(tmp_path, {"a": torch.zeros(8)}) / SINGLE_FILE
+    ((file, shard),) = Checkpoint.open(tmp_path).shards.items()
+    (header,) = shard.headers
+    with opened(path, shard) as stream:
+        message = rf"{file}: ends at byte {shard.nbytes}, {shard.nbytes + 5} were expected"
+        with pytest.raises(LowRankError, match=message) as caught:
+            read_tensor(stream, path, shard, replace(header, offset=header.offset + 5))
+    assert "copy it again" in str(caught.value.hint)
 
 
 def test_a_shard_that_is_gone(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def fold(plan: Plan, calibration: Calibration | None, *, dtype: torch.dtype = to
     if not planned:
         return whole
     paths = block_paths(stored.matrix for stored in plan.checkpoint.matrices())
-    texts = calibration and calibration.texts
+    texts = None if calibration is None else calibration.texts
     if OBJECTIVES[settings.objective].sequential or settings.refine in ("block", "both"):
         assert texts is not None
         wanted = dtype if settings.refine == "none" else torch.float32

@@ -47,7 +47,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(way: str, text: str, **given: Any) -> CompressSettings:
-    return CompressSettings(**({"keep": 0.5, "text": text} | SMALL | WAYS[way] | given))
+    asked: dict[str, Any] = {"keep": 0.5, "text": text, **SMALL, **WAYS[way], **given}
+    return CompressSettings(**asked)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -220,7 +221,7 @@ def stopped(tiny_llama_folder: Path, text_file: str, tmp_path: Path, monkeypatch
 
 def test_another_setting_is_refused_with_the_difference(stopped: Path, tiny_llama_folder: Path, text_file: str) -> None:
     before = sorted(stopped.parent.rglob("*"))
-    for given, told in (({"keep": 0.4}, r"settings keep was 0.5, is 0.4"), ({"seed": 1}, "settings seed was 0, is 1")):
+    for given, told in (({"keep": 0.4}, r"settings, keep: 0.5 -> 0.4"), ({"seed": 1}, "settings, seed: 0 -> 1")):
         with pytest.raises(UsageError, match=told):
             compress(tiny_llama_folder, stopped, settings_of("whiten", text_file, **given), device="cpu", resume=True)
     assert sorted(stopped.parent.rglob("*")) == before
@@ -231,7 +232,7 @@ def test_another_model_is_refused(stopped: Path, tiny_llama_folder: Path, text_f
     shutil.copytree(tiny_llama_folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
-    with pytest.raises(UsageError, match=r"files config.json was .* is "):
+    with pytest.raises(UsageError, match=r"files, config.json: .* -> "):
         compress(other, stopped, settings_of("whiten", text_file), device="cpu", resume=True)
 
 

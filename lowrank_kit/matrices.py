@@ -42,6 +42,8 @@ ATTENTION_INPUTS = frozenset({"q", "k", "v", "qkv"})
 MLP_INPUTS = frozenset({"gate", "up", "gate_up"})
 BRANCH_ENDS = frozenset({"o", "down"})
 EXPERT_ROLES = MLP_INPUTS | {"down"}
+# Of experts of low rank, as `gate_up.A`.
+EXPERT_FACTORS = ("A", "B")
 
 
 # PEFT's names: an adapter's two factors, and what it stands beside.
@@ -261,10 +263,19 @@ def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], mo
             split=_split(role, leaf, module, parent, getattr(model, "config", None)),
         )
         return
-    for leaf, parameter in module.named_parameters(recurse=False):
-        role = role_of(leaf)
-        if parameter.ndim == 3 and role in EXPERT_ROLES:
-            yield from _experts(path, leaf, role, module, model)
+    for name, parameter in module.named_parameters(recurse=False):
+        if _of_experts(f"{leaf}.{name}", parameter):
+            yield from _experts(path, name, role_of(name), module, model)
+
+
+def _of_experts(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter, named with its module, holds a matrix or a factor of each expert.
+
+    By role: the weight of a depthwise convolution is 3-D too.
+    """
+    owner, _, leaf = name.rpartition(".")
+    role = owner.rpartition(".")[2] if leaf in EXPERT_FACTORS else role_of(leaf)
+    return parameter.ndim == 3 and role in EXPERT_ROLES
 
 
 def _experts(path: str, leaf: str, role: str, module: nn.Module, model: nn.Module) -> Iterator[Matrix]:
@@ -329,11 +340,17 @@ def _is_router(out_features: int, parent: nn.Module) -> bool:
     for sibling in parent.children():
         if isinstance(sibling, nn.ModuleList) and len(sibling) == out_features:
             return True
-        # By role: the weight of a depthwise convolution beside a matrix is 3-D too.
-        fused = [p for leaf, p in sibling.named_parameters(recurse=False) if role_of(leaf) in EXPERT_ROLES]
-        if any(p.ndim == 3 and p.shape[0] == out_features for p in fused):
+        if any(_of_experts(name, p) and p.shape[0] == out_features for name, p in _fused_in(sibling)):
             return True
     return False
+
+
+def _fused_in(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a module, and of the factors in experts of low rank."""
+    yield from module.named_parameters(recurse=False)
+    for child, factors in module.named_children():
+        if child in EXPERT_ROLES:
+            yield from factors.named_parameters(prefix=child, recurse=False)
 
 
 def _out_in(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from lowrank_kit.checkpoint.headers import ShardFile, TensorHeader, headers_by_n
 from lowrank_kit.checkpoint.hub import CONFIG_FILE, resolve_config, resolve_model, resolve_shards
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, LowRankConfig
 from lowrank_kit.checkpoint.reading import non_finite, opened, read_tensor, read_whole
+from lowrank_kit.checkpoint.stacks import Unit, with_stacks
 from lowrank_kit.checkpoint.stored import StoredMatrix, disk_names, stored_matrices
 from lowrank_kit.errors import LowRankError, UsageError
 
@@ -132,6 +133,35 @@ class Checkpoint:
             return stored_matrices(self.meta_model(), self.headers, head=self.head)
         except LowRankError as error:
             raise type(error)(f"{self.path}: {error.message}", hint=error.hint) from error
+
+    def units(self) -> list[Unit]:
+        """What can be compressed, one by one: every matrix of a dense model, the experts of a fused weight together.
+
+        Raises:
+            UsageError, LowRankError: as `matrices`.
+        """
+        return self._units
+
+    @cached_property
+    def _units(self) -> list[Unit]:
+        return with_stacks(self.meta_model(), self.headers, self.matrices())
+
+    def weights(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:
+        """Weights of matrices and stacks, each as soon as all its tensors have been read.
+
+        Args:
+            units: some of `units()`.
+
+        Returns:
+            Unit and its weight, [out, in], or [experts, out, in] of a stack; in shard order.
+        """
+        owners = {name: unit for unit in units for name in unit.tensors}
+        waiting: dict[str, Tensor] = {}
+        for name, tensor in self.tensors(owners):
+            waiting[name] = tensor
+            unit = owners[name]
+            if all(one in waiting for one in unit.tensors):
+                yield unit, unit.weight(*(waiting.pop(one) for one in unit.tensors))
 
     def disk_names(self) -> dict[str, str]:
         """Parameter name -> name on disk, of the parameters that are one tensor there with the same shape."""

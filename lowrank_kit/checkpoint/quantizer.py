@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.layers import LowRankLinear, PivotedLinear, exchange_linear
+from lowrank_kit.layers import STACKED, LowRankExperts, LowRankLinear, PivotedLinear, exchange
 
 if TYPE_CHECKING:
     # transformers is still being imported when this module is.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 QUANT_METHOD = "lowrank"
 # Form of storage -> the format version that brought it. Folders have the lowest that they can do with, so that an older
 # lowrank-kit reads what it can, and refuses the rest.
-FORMS = {"factors": 1, "pivoted": 2}
+FORMS = {"factors": 1, "pivoted": 2, STACKED: 3}
 FORMAT_VERSION = max(FORMS.values())
 
 
@@ -41,7 +41,7 @@ class LowRankConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint.
 
     Args:
-        matrices: path of the module -> {"rank": r, "form": one of FORMS}.
+        matrices: path of the module, for experts of their weight -> {"rank": r, "form": one of FORMS}.
         format_version: of the checkpoint format; raised to what the forms need.
         quant_method: always "lowrank".
         extra: keys of the same format version that this code does not use; kept when the model is saved again.
@@ -82,21 +82,21 @@ class LowRankQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        modules = dict(model.named_modules())
+        known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         prefix = f"{model.base_model_prefix}."
         for name, entry in self.quantization_config.matrices.items():
             # AutoModel, or a head on top of it, adds or drops the prefix of the base model.
             candidates = (name, name.removeprefix(prefix), prefix + name)
-            found = next((candidate for candidate in candidates if candidate in modules), None)
+            found = next((candidate for candidate in candidates if candidate in known), None)
             if found is None and model.base_model is model and "." not in name:
                 continue  # a head, which the base model has not
             if found is None:
                 raise LowRankError(
-                    f"quantization_config names {name}, but {type(model).__name__} has no such module",
+                    f"quantization_config names {name}, but {type(model).__name__} has no such module or weight",
                     hint="config.json and the model class seem to belong to different models",
                 )
             with torch.device("meta"):
-                exchange_linear(model, found, entry["rank"], entry["form"])
+                exchange(model, found, entry["rank"], entry["form"])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # A quantizer that stays makes Trainer refuse to train and save_pretrained ignore a given state dict. The
@@ -115,8 +115,11 @@ class LowRankQuantizer(HfQuantizer):
         """Tensor parallelism: what is split of a layer's output is split of B's, what of its input, of A's.
 
         A pivoted layer has to have all of its output, so that it stays whole, and with it all beside it: what reads
-        the whole cannot be split either.
+        the whole cannot be split either. Experts of low rank stay whole too.
         """
+        for experts in _plan_names(model, LowRankExperts):
+            for name in [name for name in plan if name == experts or name.startswith(f"{experts}.")]:
+                del plan[name]
         for parent in {name.rpartition(".")[0] for name in _plan_names(model, PivotedLinear)}:
             for name in [name for name in plan if name.rpartition(".")[0] == parent]:
                 del plan[name]

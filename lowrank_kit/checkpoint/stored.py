@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lowrank_kit.checkpoint.headers import TensorHeader
 from lowrank_kit.errors import LowRankError
+from lowrank_kit.layers import STACKED
+from lowrank_kit.layers.experts import PROJECTIONS
 from lowrank_kit.linalg.pivot import expand
 from lowrank_kit.matrices import Matrix, find_head, find_matrices, role_of
 
@@ -38,12 +41,34 @@ class StoredMatrix:
             it belongs to is named by its path on disk.
         tensors: one name, of a 2-D weight or of a fused 3-D tensor of which `matrix.expert` is one slice;
             of a compressed matrix two names (B, A), its factors, or three (A, C, index), its pivoted form.
-        form: "dense", "factors" or "pivoted".
+        form: "dense", "factors", "pivoted", or "stacked": of all experts, of which `matrix.expert` is one slice.
+        part, parts: of a compressed expert: which of so many equal runs of its output rows the matrix is.
     """
 
     matrix: Matrix
     tensors: tuple[str, ...]
     form: str = "dense"
+    part: int = 0
+    parts: int = 1
+
+    # What it has in common with a `StoredStack`.
+    count: ClassVar[int] = 1
+    reason: ClassVar[str] = ""
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The one matrix."""
+        return (self.matrix,)
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds it."""
+        return self.matrix.name
+
+    @property
+    def disk_path(self) -> str:
+        """What the names of its tensors on disk begin with."""
+        return self.tensors[0].removesuffix(".weight")
 
     @property
     def compressed(self) -> bool:
@@ -56,6 +81,8 @@ class StoredMatrix:
             A, C, index = tensors
             return expand(C.double(), index), A.double()
         B, A = tensors
+        if self.form == STACKED:
+            B, A = B[self.matrix.expert].chunk(self.parts)[self.part], A[self.matrix.expert]
         return B.double(), A.double()
 
     def weight(self, *tensors: Tensor) -> Tensor:
@@ -73,7 +100,7 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A tensor on disk that belongs to a parameter: the whole of it, or one expert's share of one of its `parts`."""
 
     header: TensorHeader
@@ -101,12 +128,16 @@ def stored_matrices(
         LowRankError: a matrix is not on disk, or with another shape than the config asks for.
     """
     parameters = model.state_dict()
-    sources = _sources_by_parameter(model, parameters.keys(), headers)
+    sources = sources_by_parameter(model, headers)
     stored: list[StoredMatrix] = []
     absent: list[str] = []
     for matrix in [*find_matrices(model), *([find_head(model)] if head else [])]:
         candidates = sources[matrix.parameter]
-        found = list(_locate(matrix, tuple(parameters[matrix.parameter].shape), candidates, headers))
+        factors = [sources[name] for name in factor_names(matrix.parameter)] if matrix.expert is not None else []
+        if all(factors) and factors:
+            found = list(_compressed_experts(matrix, [found[0].header for found in factors], candidates))
+        else:
+            found = list(_locate(matrix, tuple(parameters[matrix.parameter].shape), candidates, headers))
         stored += found
         if len(found) < max((source.parts for source in candidates), default=1):
             absent.append(matrix.name)
@@ -127,7 +158,7 @@ def disk_names(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> d
         headers: what is on disk.
     """
     parameters = model.state_dict()
-    sources = _sources_by_parameter(model, parameters.keys(), headers)
+    sources = sources_by_parameter(model, headers)
     return {
         name: found[0].header.name
         for name, found in sources.items()
@@ -135,32 +166,61 @@ def disk_names(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> d
     }
 
 
-def _sources_by_parameter(
-    model: PreTrainedModel, parameters: Collection[str], headers: Mapping[str, TensorHeader]
-) -> dict[str, list[_Source]]:
-    """Parameter name -> the tensors on disk that fill it, as `from_pretrained` would map them."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    sources: dict[str, list[_Source]] = defaultdict(list)
+def sources_by_parameter(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> defaultdict[str, list[Source]]:
+    """Name of a parameter, or of the factors of experts -> the tensors on disk that fill it.
+
+    Args:
+        model: the model, on the meta device.
+        headers: what is on disk.
+    """
+    find = Renaming(model)
+    sources: defaultdict[str, list[Source]] = defaultdict(list)
     for header in headers.values():
-        renamed = header.name
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        for converter in converters:
-            target, pattern = converter.rename_source_key(renamed)
-            target = _with_prefix(target, model.base_model_prefix, parameters)
-            if pattern is not None and target in parameters:
-                expert = _number_at_star(pattern, renamed)
-                part, parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
-                sources[target].append(_Source(header, expert, part, parts))
-                break
-        else:
-            # A renaming meant for another layout of the same family may hit a name that was right already.
-            candidates = (_with_prefix(name, model.base_model_prefix, parameters) for name in (renamed, header.name))
-            target = next((name for name in candidates if name in parameters), header.name)
-            sources[target].append(_Source(header))
+        target, expert, part, parts = find(header.name)
+        sources[target].append(Source(header, expert, part, parts))
     return sources
+
+
+class Renaming:
+    """Finds what a tensor on disk is in the model, as `from_pretrained` would map it.
+
+    Args:
+        model: the model, on the meta device.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in conversions if isinstance(one, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        parameters = model.state_dict()
+        fused = {matrix.parameter for matrix in find_matrices(model) if matrix.expert is not None}
+        self._known = parameters.keys() | {name for one in fused for name in factor_names(one)}
+
+    def __call__(self, name: str) -> tuple[str, int | None, int, int]:
+        """Name in the model, and of an expert's share of a parameter: expert, part and parts.
+
+        Args:
+            name: on disk; given back where the model knows it under no name.
+        """
+        renamed = name
+        for renaming in self._renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        for converter in self._converters:
+            target, pattern = converter.rename_source_key(renamed)
+            target = _with_prefix(target, self._prefix, self._known)
+            if pattern is not None and target in self._known:
+                patterns = converter.source_patterns
+                return target, _number_at_star(pattern, renamed), patterns.index(pattern), len(patterns)
+        # A renaming meant for another layout of the same family may hit a name that was right already.
+        candidates = (_with_prefix(one, self._prefix, self._known) for one in (renamed, name))
+        return next((one for one in candidates if one in self._known), name), None, 0, 1
+
+
+def factor_names(parameter: str) -> tuple[str, ...]:
+    """Names in the model of the factors of a fused weight of experts; none if such a weight has no factors."""
+    path, _, leaf = parameter.rpartition(".")
+    return tuple(f"{path}.{PROJECTIONS[leaf]}.{factor}" for factor in "BA") if leaf in PROJECTIONS else ()
 
 
 def _with_prefix(name: str, prefix: str, known: Collection[str]) -> str:
@@ -178,7 +238,7 @@ def _number_at_star(pattern: str, name: str) -> int | None:
 
 
 def _locate(
-    matrix: Matrix, parameter_shape: tuple[int, ...], sources: list[_Source], headers: Mapping[str, TensorHeader]
+    matrix: Matrix, parameter_shape: tuple[int, ...], sources: list[Source], headers: Mapping[str, TensorHeader]
 ) -> Iterator[StoredMatrix]:
     for source in sorted(sources, key=lambda source: source.part):
         name = source.header.name
@@ -201,18 +261,42 @@ def _compressed(matrix: Matrix, path: str, headers: Mapping[str, TensorHeader]) 
     return None
 
 
-def _stored_apart(matrix: Matrix, source: _Source) -> StoredMatrix:
+def _compressed_experts(matrix: Matrix, factors: list[TensorHeader], sentinels: list[Source]) -> Iterator[StoredMatrix]:
+    """An expert whose factors are stacked with the others', under the name that it has where it is dense.
+
+    Args:
+        matrix: of the fused weight.
+        factors: B and A.
+        sentinels: what is on disk under the name of the weight.
+    """
+    _check_stacks(matrix, factors)
+    whole = StoredMatrix(replace(matrix, transposed=False), tuple(one.name for one in factors), STACKED)
+    for source in sorted(sentinels, key=lambda source: source.part):
+        if source.expert is None:
+            yield whole
+        else:
+            path = re.sub(r"\.\d+(?=\.\w+\.weight$)", f".{matrix.expert}", source.header.name).removesuffix(".weight")
+            apart = _apart(whole.matrix, path, source)
+            yield replace(whole, matrix=apart, part=source.part, parts=source.parts)
+
+
+def _stored_apart(matrix: Matrix, source: Source) -> StoredMatrix:
     """One expert's matrix that is a tensor of its own on disk, such as `experts.3.gate_proj.weight`."""
     path = source.header.name.removesuffix(".weight")
+    apart = _apart(matrix, path, source)
+    # On disk it is an nn.Linear's weight, [out, in], however the fused tensor lies.
+    apart = replace(apart, transposed=source.header.shape == apart.shape[::-1] != apart.shape)
+    _check_shape(path, apart.shape[::-1] if apart.transposed else apart.shape, source.header)
+    return StoredMatrix(apart, (source.header.name,))
+
+
+def _apart(matrix: Matrix, path: str, source: Source) -> Matrix:
+    """A part of an expert under a name of its own."""
     if matrix.role == "gate_up" and source.parts == len(HALVES_OF_GATE_UP):
         role = HALVES_OF_GATE_UP[source.part]
     else:
         role = matrix.role if source.parts == 1 else role_of(path.rpartition(".")[2])
-    shape = (matrix.shape[0] // source.parts, matrix.shape[1])
-    # On disk it is an nn.Linear's weight, [out, in], however the fused tensor lies.
-    apart = replace(matrix, name=path, role=role, shape=shape, transposed=source.header.shape == shape[::-1] != shape)
-    _check_shape(path, shape[::-1] if apart.transposed else shape, source.header)
-    return StoredMatrix(apart, (source.header.name,))
+    return replace(matrix, name=path, role=role, shape=(matrix.shape[0] // source.parts, matrix.shape[1]))
 
 
 def _check_shape(name: str, expected: tuple[int, ...], header: TensorHeader) -> None:
@@ -233,5 +317,17 @@ def _check_parts(matrix: Matrix, form: str, parts: list[TensorHeader]) -> None:
         told = " and ".join(f"{part.name} {list(part.shape)}" for part in parts)
         raise LowRankError(
             f"{form} {told} do not make matrix {matrix.name} of shape {list(matrix.shape)}",
+            hint="config.json and the safetensors files seem to belong to different models",
+        )
+
+
+def _check_stacks(matrix: Matrix, factors: list[TensorHeader]) -> None:
+    B, A = (header.shape for header in factors)
+    rows, columns = matrix.shape
+    fit = len(A) == len(B) == 3 and A[0] == B[0] and (B[1], A[2]) == (rows, columns) and B[2] == A[1]
+    if not fit or matrix.expert is None or matrix.expert >= A[0]:
+        told = " and ".join(f"{part.name} {list(part.shape)}" for part in factors)
+        raise LowRankError(
+            f"{told} do not make matrix {matrix.name} of shape {list(matrix.shape)}",
             hint="config.json and the safetensors files seem to belong to different models",
         )

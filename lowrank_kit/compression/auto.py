@@ -107,7 +107,7 @@ def speed(device: torch.device) -> float:
 
 def spectra_seconds(checkpoint: Checkpoint, device: torch.device) -> float:
     """Estimate of the time that the singular values of all matrices take, with half the work of a decomposition."""
-    sides = sum(min(stored.matrix.shape) ** 3 for stored in foldable(checkpoint))
+    sides = sum(unit.count * min(unit.matrix.shape) ** 3 for unit in foldable(checkpoint))
     return DECOMPOSITION_WORK * sides / (2 * DECOMPOSITION_SHARE * speed(device))
 
 
@@ -141,7 +141,7 @@ class _Machine:
 
     def __init__(self, checkpoint: Checkpoint, settings: CompressSettings, device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
-        self.matrices = [stored.matrix for stored in foldable(checkpoint, settings)]
+        self.matrices = [matrix for unit in foldable(checkpoint, settings) for matrix in unit.matrices]
         self.numbers = sum(torch.Size(h.shape).numel() for h in checkpoint.headers.values())
 
     @cached_property

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.loading import check_blocks, load_model, load_tokenizer
 from lowrank_kit.compression.allocation import Evidence
-from lowrank_kit.compression.evidence import foldable, refuse_non_finite
+from lowrank_kit.compression.evidence import finite_weights, foldable
 from lowrank_kit.compression.objectives import OBJECTIVES, Options, Statistics
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.compression.statistics import input_grams, input_grams_and_loss, output_grams
+from lowrank_kit.compression.statistics import input_grams, input_grams_and_loss, output_grams, statistics_of
 from lowrank_kit.compression.targets import targeted
 from lowrank_kit.compression.texts import Texts, draw_texts
 from lowrank_kit.data.blocks import TokenBlocks
@@ -102,7 +102,8 @@ def calibrate(
     checkpoint = targeted(checkpoint, settings)
     texts = texts or draw(checkpoint, settings)
     model = load_model(checkpoint, device=resolve_device(device), dtype=resolve_dtype(dtype))
-    matrices = [stored.matrix for stored in foldable(checkpoint)]
+    units = foldable(checkpoint)
+    matrices = [matrix for unit in units for matrix in unit.matrices]
     seconds = {"text": round(time.perf_counter() - started, 3)}
     started = time.perf_counter()
     grams = input_grams(model, matrices, texts.calibration, batch_size=settings.batch_size)
@@ -116,9 +117,7 @@ def calibrate(
     check_grams, check_loss = input_grams_and_loss(model, matrices, texts.check, batch_size=settings.batch_size)
     seconds["check"] = round(time.perf_counter() - started, 3)
     tokens = texts.calibration.num_tokens
-    statistics = {
-        m.name: Statistics(tokens=tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name)) for m in matrices
-    }
+    statistics = {unit.matrix.name: statistics_of(unit, tokens, grams, outputs) for unit in units}
     return Calibration(checkpoint.path, texts, statistics, check_grams, check_loss, seconds)
 
 
@@ -145,18 +144,15 @@ def factorize(
         UsageError: the statistics have not what the objective needs.
         LowRankError: NaN or Inf in a matrix.
     """
-    stored = {s.tensors[0]: s for s in foldable(checkpoint)}
+    units = foldable(checkpoint)
     method = OBJECTIVES[objective]
-    for name, tensor in tqdm(
-        checkpoint.tensors(stored), total=len(stored), desc="factorize", unit="matrix", disable=None
-    ):
-        matrix = stored[name].matrix
-        found = statistics.get(matrix.name, Statistics())
-        _refuse_missing(f'objective "{objective}"', method.needs, found)
-        refuse_non_finite(checkpoint, name, tensor)
+    for unit in units:
+        _refuse_missing(f'objective "{objective}"', method.needs, statistics.get(unit.matrix.name, Statistics()))
+    weights = finite_weights(checkpoint, units)
+    for unit, W in tqdm(weights, total=len(units), desc="factorize", unit="matrix", disable=None):
         started = time.perf_counter()
-        factors = method.factorize(stored[name].weight(tensor), found, options)
-        yield matrix.name, factors, time.perf_counter() - started
+        factors = method.factorize(W, statistics.get(unit.matrix.name, Statistics()), options)
+        yield unit.matrix.name, factors, time.perf_counter() - started
 
 
 def inputs_evidence(calibration: Calibration, checkpoint: Checkpoint) -> dict[str, Evidence]:

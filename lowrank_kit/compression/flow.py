@@ -89,7 +89,7 @@ def exchanged(model: nn.Module, pieces: Mapping[str, Piece]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, piece in pieces.items():
             stack.callback(model.set_submodule, name, model.get_submodule(name))
-            piece.install(model, name)
+            piece.install(model)
         yield
 
 

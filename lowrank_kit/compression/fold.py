@@ -16,9 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lowrank_kit.checkpoint.folder import Checkpoint, refuse_non_finite
+from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.compression.calibration import Calibration, dense_objective, timed
 from lowrank_kit.compression.chain import Chain
+from lowrank_kit.compression.evidence import finite_weights
 from lowrank_kit.compression.flow import Flow, exchanged, twin
 from lowrank_kit.compression.gather import Gathering, Grams, changed_grams, in_order, loss_after
 from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
@@ -27,6 +28,7 @@ from lowrank_kit.compression.plan import Plan, PlannedMatrix
 from lowrank_kit.compression.progress import Progress
 from lowrank_kit.compression.refine import Refined, refine_block, trainable
 from lowrank_kit.compression.sections import Section
+from lowrank_kit.compression.statistics import gram_if_known
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.layers import LOW_RANK_LAYERS
 from lowrank_kit.linalg.factor import Factors, weighted_error
@@ -178,23 +180,23 @@ class Fold:
         if found is not None:
             for name in self.flow.dense:
                 self.flow.run_dense(name, index, block)
-            _install(changed, found, section)
+            _install(changed, found, section, installed=False)
             return changed, found
         grams = self.grams.inside(section, block)
         made = Folded()
         sequential = self.objective.sequential
         cuts = self._cut_in_turn(section, block, changed, grams) if sequential else self._cut_all(section, grams)
         for name, piece in cuts:
-            piece.install(changed, section.inside(name))
+            piece.install(changed, section.prefix)
             made.pieces[name] = piece
         if sequential:
             self.flow.run_dense("calibration", index, block)
         if self.by_block and section.stored:
             with timed(self.seconds, "refine by block"):
                 made.refined[section.path] = self._refine(section, changed)
-            made.pieces = {name: piece.read_back(changed, section.inside(name)) for name, piece in made.pieces.items()}
+            made.pieces = {name: piece.read_back(changed, section.prefix) for name, piece in made.pieces.items()}
             made.others = {f"{prefix}{name}": t for name, t in self._others(changed, prefix).items()}
-            _install(changed, made, section)
+            _install(changed, made, section, installed=True)
         made.errors = errors_of(self.plan.checkpoint, made.pieces, grams.check)
         return changed, made
 
@@ -214,7 +216,7 @@ class Fold:
                 factors, spent = self._factorize(section, name, objective, grams)
             elif self.calibration is not None:
                 spent = self.calibration.matrix_seconds.get(name, 0.0)
-            yield name, self._cut(section, name, factors, grams, spent)
+            yield name, self._cut(name, factors, gram_if_known(section.stored[name], grams.calibration), spent)
 
     def _cut_in_turn(
         self, section: Section, block: nn.Module, changed: nn.Module, grams: Grams
@@ -224,22 +226,19 @@ class Fold:
             return
         assert self.chain is not None
         index, streams = section.index - 1, (self.flow.dense["calibration"], self.flow.changed["calibration"])
-        for group in in_order(self.chain, index, block, section.matrices, streams[0]):
+        for group in in_order(self.chain, section, block, streams[0]):
             with timed(self.seconds, "grams of the compressed model"):
                 gram, cross = changed_grams(self.chain, index, (block, changed), group[0], streams)
-            key = section.stored[group[0]].matrix.shares_input
-            by_changed = replace(grams, calibration={key: gram})
-            for name in group:
+            for name in (unit.matrix.name for unit in group):
                 known = Statistics(changed_gram=gram, cross=cross)
                 factors, spent = self._factorize(section, name, self.plan.settings.objective, grams, known)
-                yield name, self._cut(section, name, factors, by_changed, spent)
+                yield name, self._cut(name, factors, gram, spent)
 
     def _factorize(
         self, section: Section, name: str, objective: str, grams: Grams, known: Statistics | None = None
     ) -> tuple[Factors, float]:
         """Factors of full rank of one matrix, and seconds."""
         self.progress.matrix(name)
-        matrix = section.stored[name].matrix
         started = time.perf_counter()
         output_gram = None
         if self.calibration is not None:
@@ -249,7 +248,7 @@ class Fold:
         known = replace(
             known or Statistics(),
             tokens=self.ids["calibration"].numel() if "calibration" in self.ids else 0,
-            gram=grams.calibration.get(matrix.shares_input),
+            gram=gram_if_known(section.stored[name], grams.calibration),
             output_gram=output_gram,
         )
         with timed(self.seconds, "factorize"):
@@ -257,11 +256,10 @@ class Fold:
             factors = OBJECTIVES[objective].factorize(weight, known, self.plan.settings.options)
         return factors, time.perf_counter() - started
 
-    def _cut(self, section: Section, name: str, factors: Factors, grams: Grams, spent: float) -> Piece:
+    def _cut(self, name: str, factors: Factors, gram: Tensor | None, spent: float) -> Piece:
         """Cut, and add the time of it to what was spent on the factors."""
         settings, planned = self.plan.settings, self.planned[name]
         started = time.perf_counter()
-        gram = grams.calibration.get(planned.stored.matrix.shares_input)
         piece = cut(planned, factors, gram, form=settings.form or "factors", align=settings.align)
         return replace(piece, seconds=spent + time.perf_counter() - started)
 
@@ -304,14 +302,13 @@ class Fold:
 
 
 def weight_of(checkpoint: Checkpoint, planned: PlannedMatrix) -> Tensor:
-    """W [out, in] as it is on disk.
+    """W [out, in], or of experts [E, out, in], as it is on disk.
 
     Raises:
         LowRankError: NaN or Inf in it.
     """
-    ((on_disk, tensor),) = checkpoint.tensors(planned.stored.tensors)
-    refuse_non_finite(checkpoint, on_disk, tensor)
-    return planned.stored.weight(tensor)
+    ((_, W),) = finite_weights(checkpoint, [planned.stored])
+    return W
 
 
 def errors_of(checkpoint: Checkpoint, pieces: Mapping[str, Piece], grams: Mapping[str, Tensor]) -> dict[str, float]:
@@ -324,7 +321,7 @@ def errors_of(checkpoint: Checkpoint, pieces: Mapping[str, Piece], grams: Mappin
     """
     return {
         name: weighted_error(
-            weight_of(checkpoint, piece.planned), piece.dense(), grams.get(piece.planned.stored.matrix.shares_input)
+            weight_of(checkpoint, piece.planned), piece.dense(), gram_if_known(piece.planned.stored, grams)
         )
         for name, piece in pieces.items()
     }
@@ -339,18 +336,17 @@ def stored_dtype(plan: Plan) -> torch.dtype:
 def others(module: nn.Module) -> dict[str, Tensor]:
     """What is trained outside of the low-rank layers' matrices, biases of these layers included."""
     layers = [name for name, layer in module.named_modules() if isinstance(layer, LOW_RANK_LAYERS)]
-    factors = {f"{name}.{leaf}.weight" for name in layers for leaf in "ABC"}
+    factors = {f"{name}.{leaf}{weight}" for name in layers for leaf in "ABC" for weight in (".weight", "")}
     return {name: p.detach().cpu() for name, p in trainable(module).items() if name not in factors}
 
 
-def _install(block: nn.Module, made: Folded, section: Section) -> None:
-    """Make a block what it is stored as."""
-    for name, piece in made.pieces.items():
-        path = section.inside(name)
-        if isinstance(block.get_submodule(path), LOW_RANK_LAYERS):
-            block.get_submodule(path).load_state_dict(piece.tensors, strict=False)
+def _install(block: nn.Module, made: Folded, section: Section, *, installed: bool) -> None:
+    """Make a block, with its low-rank layers or still without, what it is stored as."""
+    for piece in made.pieces.values():
+        if installed:
+            piece.put_back(block, section.prefix)
         else:
-            piece.install(block, path)
+            piece.install(block, section.prefix)
     parameters = dict(block.named_parameters())
     with torch.no_grad():
         for name, tensor in made.others.items():

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_kit.checkpoint.stacks import StoredStack, Unit
 from lowrank_kit.checkpoint.writer import TensorSpec, tensor_bytes
+from lowrank_kit.layers import STACKED
 from lowrank_kit.linalg.factor import Factors, weighted_error
 from lowrank_kit.linalg.pivot import Pivoted, pivot
 
@@ -21,15 +23,17 @@ class Form:
     Args:
         title: what is stored.
         tensors: (path of the module, dtype as safetensors says it, (out, in), rank) -> what is on disk;
-            the sentinel is last.
+            the sentinels are last.
         split: factors -> what is stored of them, in the order of `tensors` and without the sentinel.
         join: what `split` gives -> W'.
+        sentinels: their shapes.
     """
 
     title: str
     tensors: Callable[[str, str, tuple[int, int], int], list[TensorSpec]]
     split: Callable[[Factors], tuple[Tensor, ...]]
     join: Callable[..., Tensor]
+    sentinels: tuple[tuple[int, ...], ...] = ((1,),)
 
     def numbers(self, shape: tuple[int, int], rank: int) -> int:
         """Numbers on disk, the sentinel and an index included."""
@@ -42,11 +46,11 @@ class Form:
     def stored(self, factors: Factors, dtype: torch.dtype) -> list[Tensor]:
         """What is written of B A, in the order of `tensors`: numbers rounded to `dtype`, an index as it is."""
         parts = [part.to(dtype) if part.is_floating_point() else part for part in self.split(factors)]
-        return [*parts, torch.zeros(1, dtype=dtype, device=factors.A.device)]
+        return [*parts, *(torch.zeros(size, dtype=dtype, device=factors.A.device) for size in self.sentinels)]
 
     def rounding_error(self, factors: Factors, dtype: torch.dtype, gram_II: Tensor | None = None) -> float:
         """What rounding to `dtype` costs in this form: weighted error of B A as it is stored, relative to B A."""
-        *parts, _ = self.stored(factors, dtype)
+        parts = self.stored(factors, dtype)[: -len(self.sentinels)]
         rounded = [part.to(factors.A.dtype) if part.is_floating_point() else part for part in parts]
         return weighted_error(factors.dense(), self.join(*rounded), gram_II)
 
@@ -85,4 +89,34 @@ FORMS: dict[str, Form] = {
         _split_pivoted,
         lambda *parts: Pivoted(*parts).dense(),
     ),
+}
+
+
+def form_of(unit: Unit, name: str) -> Form:
+    """A form by its name: of `FORMS`, or the stacked one of these experts."""
+    return _stacked(unit) if isinstance(unit, StoredStack) else FORMS[name]
+
+
+def _stacked(stack: StoredStack) -> Form:
+    """Two factors for each expert, of one rank."""
+
+    def tensors(path: str, dtype: str, shape: tuple[int, int], rank: int) -> list[TensorSpec]:
+        out, inputs = shape
+        return [
+            (f"{path}.{stack.factors}.A", dtype, (stack.count, rank, inputs)),
+            (f"{path}.{stack.factors}.B", dtype, (stack.count, out, rank)),
+            *((name, dtype, size) for name, size in stack.sentinels),
+        ]
+
+    return Form(
+        TITLES[STACKED],
+        tensors,
+        FORMS["factors"].split,
+        FORMS["factors"].join,
+        tuple(size for _, size in stack.sentinels),
+    )
+
+
+TITLES = {name: form.title for name, form in FORMS.items()} | {
+    STACKED: "two thin matrices for each expert, r (out + in) numbers"
 }

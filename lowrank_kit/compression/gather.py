@@ -6,14 +6,18 @@ Shape legend: N tokens, I in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_kit.checkpoint.loading import in_evaluation
+from lowrank_kit.checkpoint.stacks import StoredStack, Unit
 from lowrank_kit.compression.calibration import Calibration, timed
 from lowrank_kit.compression.chain import Chain, read_input
+from lowrank_kit.compression.experts import expert_grams, fill_up, stacks_of
 from lowrank_kit.compression.flow import Flow
 from lowrank_kit.compression.sections import Section
 from lowrank_kit.compression.statistics import adder, reading
@@ -41,25 +45,32 @@ class Grams:
 
 
 def grams_while(
-    run: Callable[[], None], owner: nn.Module, matrices: Iterable[Matrix], prefix: str
+    run: Callable[[], None], owner: nn.Module, matrices: Iterable[Matrix], prefix: str, *, filled: bool = True
 ) -> dict[str, Tensor]:
     """Grams of the inputs of matrices while something runs.
 
     Args:
         run: what runs.
         owner: module that holds the matrices.
-        matrices: whose inputs are wanted; those that share one have one Gram.
+        matrices: whose inputs are wanted; those that share one have one Gram; experts of a weight all together.
         prefix: of the matrices' names, before their path in the owner.
+        filled: whether experts with few tokens are given average ones, see `fill_up`.
 
     Raises:
         LowRankError: NaN or Inf in an input, or an input that is never read.
     """
-    readers = {matrix.shares_input: matrix.name for matrix in matrices}
+    wanted = {matrix.shares_input: matrix for matrix in matrices}
     grams: dict[str, Tensor] = {}
-    hooks = {name.removeprefix(prefix): adder(grams, key, f"the input of {name}") for key, name in readers.items()}
+    counts: dict[str, int] = {}
+    hooks = {
+        matrix.name.removeprefix(prefix): adder(grams, key, f"the input of {matrix.name}", counts)
+        for key, matrix in wanted.items()
+    }
     with reading(owner, hooks):
         run()
-    return collected(grams, readers)
+    for keys in stacks_of(wanted):
+        fill_up(grams, counts, keys, wanted[keys[0]], filled=filled)
+    return collected(grams, {key: matrix.name for key, matrix in wanted.items()})
 
 
 def collected(grams: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, Tensor]:
@@ -123,32 +134,38 @@ def loss_after(chain: Chain, ids_NT: Tensor, stream: Stream) -> float:
     return total.item() / (ids_NT.numel() - len(ids_NT))
 
 
-def in_order(chain: Chain, index: int, block: nn.Module, matrices: Iterable[Matrix], stream: Stream) -> list[list[str]]:
-    """Names of matrices, those with one input together, as a block comes to them."""
-    prefix = f"{chain.paths[index]}."
-    groups: dict[str, list[str]] = {}
-    for matrix in matrices:
-        groups.setdefault(matrix.shares_input, []).append(matrix.name)
+def in_order(chain: Chain, section: Section, block: nn.Module, stream: Stream) -> list[list[Unit]]:
+    """Matrices, those with one input together, as a block comes to them."""
+    groups: dict[str, list[Unit]] = {}
+    for unit in section.stored.values():
+        groups.setdefault(unit.matrix.shares_input, []).append(unit)
     seen: list[str] = []
-    hooks = {group[0].removeprefix(prefix): lambda x, key=key: seen.append(key) for key, group in groups.items()}
-    with reading(block, hooks), torch.no_grad():
-        chain.run(index, block, stream.rows(slice(0, chain.batch_size)))
-    if unread := [group[0] for key, group in groups.items() if key not in seen]:
+    with ExitStack() as stack, torch.no_grad(), in_evaluation(block):
+        for key, group in groups.items():
+            module = block.get_submodule(section.inside(group[0].module))
+            stack.callback(module.register_forward_pre_hook(lambda *_, key=key: seen.append(key)).remove)
+        chain.run(section.index - 1, block, stream.rows(slice(0, chain.batch_size)))
+    if unread := [group[0].matrix.name for key, group in groups.items() if key not in seen]:
         raise LowRankError(f"the calibration text does not reach {unread[0]}", hint=_MORE_TEXT)
     return [groups[key] for key in dict.fromkeys(seen)]
 
 
 def changed_grams(
-    chain: Chain, index: int, blocks: tuple[nn.Module, nn.Module], reader: str, streams: tuple[Stream, Stream]
+    chain: Chain, index: int, blocks: tuple[nn.Module, nn.Module], unit: Unit, streams: tuple[Stream, Stream]
 ) -> tuple[Tensor, Tensor]:
     """Y Y^T and X Y^T of what a matrix reads in the dense block (X) and in the compressed one (Y), [I, I] float64.
+
+    Of the experts of a weight [E, I, I], see `expert_grams`.
 
     Args:
         chain, index: which block.
         blocks: dense and compressed.
-        reader: name of the matrix.
+        unit: the matrix.
         streams: what the two blocks read.
     """
+    if isinstance(unit, StoredStack):
+        return expert_grams(chain, index, blocks, unit, streams)
+    reader = unit.matrix.name
     path = reader.removeprefix(f"{chain.paths[index]}.")
     gram = cross = None
     read = (read_input(chain, index, block, path, stream) for block, stream in zip(blocks, streams, strict=True))
@@ -188,9 +205,12 @@ class Gathering:
         """From the calibration."""
         if self.calibration is None:
             return Grams()
-        grams = {key: self.calibration.statistics[name].gram for key, name in section.readers.items()}
-        check = {key: self.calibration.check_grams[key] for key in section.readers}
-        return Grams({key: gram for key, gram in grams.items() if gram is not None}, check)
+        grams: dict[str, Tensor] = {}
+        for name, unit in section.stored.items():
+            if (gram := self.calibration.statistics[name].gram) is not None:
+                each = [gram] if unit.count == 1 and gram.ndim == 2 else list(gram)
+                grams |= {matrix.shares_input: one for matrix, one in zip(unit.matrices, each, strict=True)}
+        return Grams(grams, {key: self.calibration.check_grams[key] for key in grams})
 
     def before(self, section: Section) -> Grams:
         """Of matrices before the first block."""
@@ -218,7 +238,8 @@ class Gathering:
             move = partial(self.flow.peek if stays else self.flow.run_dense, name, index, block)
             if name != "refinement" and self.calibration is None:
                 with timed(self.seconds, "grams"):
-                    found[name] = grams_while(move, block, section.matrices, section.prefix)
+                    filled = name == "calibration"
+                    found[name] = grams_while(move, block, section.matrices, section.prefix, filled=filled)
             elif not stays:
                 move()
         return self.known(section) if self.calibration is not None else Grams(**found)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from lowrank_kit.checkpoint.stacks import StoredStack
 from lowrank_kit.checkpoint.writer import tensor_bytes
-from lowrank_kit.compression.forms import FORMS
+from lowrank_kit.compression.forms import FORMS, Form, form_of
+from lowrank_kit.layers import STACKED
 
 # Kernels of tensor cores take multiples of 16 (8 at least) without padding. A step of 1/64 of the smaller side moves
 # the share kept by 3 % of the matrix at most, and steps of all matrices together fill a budget far more closely.
@@ -20,7 +23,7 @@ STEPS_IN_SIDE = 64
 
 @dataclass(frozen=True, eq=False)
 class Ladder:
-    """The steps of one matrix, cheapest first.
+    """The steps of one matrix, or of one stack of them, cheapest first.
 
     Args:
         shape: (out, in).
@@ -66,8 +69,24 @@ def ladder(shape: tuple[int, int], form: str, dtype: str | None, align: int | No
     dense = shape[0] * shape[1] if dtype is None else tensor_bytes(dtype, shape)
 
     def cost(rank: int) -> int:
-        return _cost(cheapest_form(shape, rank, form, dtype), shape, rank, dtype)
+        return _cost(FORMS[cheapest_form(shape, rank, form, dtype)], shape, rank, dtype)
 
+    return _rungs(shape, dense, cost, align)
+
+
+def stack_ladder(stack: StoredStack, dtype: str | None, align: int | None) -> Ladder:
+    """The ladder of all experts of a fused weight, which have one rank.
+
+    Args:
+        stack: the experts.
+        dtype, align: as in `ladder`.
+    """
+    shape, form = stack.matrix.shape, form_of(stack, STACKED)
+    dense = stack.count * (shape[0] * shape[1] if dtype is None else tensor_bytes(dtype, shape))
+    return _rungs(shape, dense, lambda rank: _cost(form, shape, rank, dtype), align)
+
+
+def _rungs(shape: tuple[int, int], dense: int, cost: Callable[[int], int], align: int | None) -> Ladder:
     cap = bisect_left(range(1, min(shape) + 1), dense, key=cost)
     align = align or default_align(shape)
     powers = [1 << i for i in range(align.bit_length()) if 1 << i < align]
@@ -79,11 +98,11 @@ def cheapest_form(shape: tuple[int, int], rank: int, form: str, dtype: str | Non
     """The form itself, or for "auto" the one that takes less: two factors at the lowest ranks, which need no index."""
     if form != "auto":
         return form
-    return min(FORMS, key=lambda one: _cost(one, shape, rank, dtype))
+    return min(FORMS, key=lambda one: _cost(FORMS[one], shape, rank, dtype))
 
 
-def _cost(form: str, shape: tuple[int, int], rank: int, dtype: str | None) -> int:
-    return FORMS[form].numbers(shape, rank) if dtype is None else FORMS[form].nbytes(shape, rank, dtype)
+def _cost(form: Form, shape: tuple[int, int], rank: int, dtype: str | None) -> int:
+    return form.numbers(shape, rank) if dtype is None else form.nbytes(shape, rank, dtype)
 
 
 def default_align(shape: tuple[int, int]) -> int:

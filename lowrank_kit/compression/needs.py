@@ -204,7 +204,7 @@ class _Estimate:
         assert settings.block_tokens is not None
         self.checkpoint, self.settings, self.spill, self.kept = checkpoint, settings, spill, kept
         self.model = checkpoint.meta_model()
-        self.targets = [stored.matrix for stored in foldable(checkpoint, settings)]
+        self.targets = [matrix for unit in foldable(checkpoint, settings) for matrix in unit.matrices]
         objective = OBJECTIVES[settings.objective]
         self.sequential = objective.sequential
         self.surveyed = settings.allocation in ("lagrange", "loss") or "output_gram" in objective.needs

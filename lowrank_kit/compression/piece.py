@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lowrank_kit.compression.forms import FORMS
+from lowrank_kit.checkpoint.stacks import StoredStack
 from lowrank_kit.compression.ladder import ladder
 from lowrank_kit.compression.plan import PlannedMatrix
-from lowrank_kit.layers import LowRankLinear, exchange_linear
+from lowrank_kit.layers import LowRankLinear, LowRankStack, exchange
 from lowrank_kit.linalg.factor import Factors, weighted_error
 
 # Those of a matrix, by safetensors' words.
@@ -39,26 +39,47 @@ class Piece:
         return {f"{self.planned.disk_path}.{leaf}": tensor for leaf, tensor in self.tensors.items()}
 
     def dense(self) -> Tensor:
-        """W' as it is stored, in float64."""
-        *parts, _ = (t.double() if t.is_floating_point() else t for t in self.tensors.values())
-        return FORMS[self.planned.form].join(*parts)
+        """W' as it is stored, in float64; [E, out, in] of E experts."""
+        form = self.planned.layout
+        parts = [t.double() if t.is_floating_point() else t for t in self.tensors.values()]
+        return form.join(*parts[: -len(form.sentinels)])
 
-    def install(self, model: nn.Module, path: str | None = None) -> None:
-        """Put a low-rank layer in the place of the matrix's, in a model or at a path of a part of it."""
-        name, rank = path or self.planned.stored.matrix.name, self.planned.rank
+    def install(self, model: nn.Module, prefix: str = "") -> None:
+        """Put a low-rank layer in the place of the matrix's.
+
+        Args:
+            model: or a part of it.
+            prefix: what names begin with before their path in the part.
+        """
+        name, rank = self.planned.stored.matrix.name.removeprefix(prefix), self.planned.rank
         assert rank is not None
-        old = model.get_submodule(name)
-        layer = exchange_linear(model, name, rank, self.planned.form)
+        old = model.get_submodule(self.planned.stored.module.removeprefix(prefix))
+        layer = exchange(model, name, rank, self.planned.form)
+        if isinstance(layer, LowRankStack):
+            layer.load_state_dict({leaf[-1]: self.tensors[leaf] for leaf in self._stacked_leaves()})
+            return
         layer.load_state_dict({**layer.state_dict(), **self.tensors})
         if (bias := getattr(old, "bias", None)) is not None:
             place: nn.Module = layer.B if isinstance(layer, LowRankLinear) else layer
             place.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
-    def read_back(self, model: nn.Module, path: str | None = None) -> Piece:
-        """The piece as the layer in the model, or at a path of a part of it, has it now."""
-        state = model.get_submodule(path or self.planned.stored.matrix.name).state_dict()
-        tensors = {leaf: state[leaf].to("cpu", old.dtype) for leaf, old in self.tensors.items()}
-        return replace(self, tensors=tensors)
+    def put_back(self, model: nn.Module, prefix: str = "") -> None:
+        """Make the layer, which is there, what is stored; arguments as of `install`."""
+        layer = model.get_submodule(self.planned.stored.module.removeprefix(prefix))
+        trained = self._stacked_leaves() or self.tensors.keys()
+        layer.load_state_dict({leaf: self.tensors[leaf] for leaf in trained}, strict=False)
+
+    def read_back(self, model: nn.Module, prefix: str = "") -> Piece:
+        """The piece as the layer in the model has it now; arguments as of `install`."""
+        state = model.get_submodule(self.planned.stored.module.removeprefix(prefix)).state_dict()
+        trained = self._stacked_leaves() or self.tensors.keys()
+        tensors = {leaf: state[leaf].to("cpu", self.tensors[leaf].dtype) for leaf in trained}
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def _stacked_leaves(self) -> list[str]:
+        """Those of the factors of experts, "gate_up.A"; none of a matrix. Sentinels have other names on disk."""
+        stored = self.planned.stored
+        return [f"{stored.factors}.{factor}" for factor in "AB"] if isinstance(stored, StoredStack) else []
 
 
 def cut(
@@ -96,7 +117,7 @@ def _as_factors(planned: PlannedMatrix, align: int | None) -> list[PlannedMatrix
 def _cut(planned: PlannedMatrix, factors: Factors) -> Piece:
     assert planned.rank is not None
     short = factors.truncate(planned.rank)
-    form = FORMS[planned.form]
+    form = planned.layout
     leaves = [name.removeprefix(f"{planned.disk_path}.") for name, _, _ in planned.tensors()]
     stored = form.stored(
         Factors(short.B.double(), short.A.double(), short.singular_values), TORCH_DTYPES[planned.dtype]

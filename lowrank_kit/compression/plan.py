@@ -11,15 +11,17 @@ from functools import cached_property
 from typing import Any
 
 from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.stacks import StoredStack, Unit
 from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.checkpoint.writer import Shard, TensorSpec, plan_shards, tensor_bytes
 from lowrank_kit.compression.allocation import ALLOCATIONS, Evidence
 from lowrank_kit.compression.budget import allocate
-from lowrank_kit.compression.forms import FORMS
-from lowrank_kit.compression.ladder import Ladder, cheapest_form, ladder
+from lowrank_kit.compression.forms import Form, form_of
+from lowrank_kit.compression.ladder import Ladder, cheapest_form, ladder, stack_ladder
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.targets import Targets, targeted, targets
 from lowrank_kit.errors import DoesNotFitError, UsageError
+from lowrank_kit.layers import STACKED
 
 ALL_DENSE = "the dense model fits"
 BOUGHT_DENSE = "its share buys it whole"
@@ -29,17 +31,17 @@ KEPT = "kept whole by the recipe"
 
 @dataclass(frozen=True)
 class PlannedMatrix:
-    """What becomes of one matrix.
+    """What becomes of one matrix, or of the experts of one fused weight.
 
     Args:
         stored: the matrix and where it is on disk.
         dtype: of its numbers on disk, as safetensors says it.
-        form: how it is stored, see `FORMS`; "dense" if it stays dense.
+        form: how it is stored, see `form_of`; "dense" if it stays dense.
         rank: of what is stored, None if it stays dense.
         reason: why it stays dense, "" if it does not.
     """
 
-    stored: StoredMatrix
+    stored: Unit
     dtype: str
     form: str
     rank: int | None
@@ -48,36 +50,41 @@ class PlannedMatrix:
     @property
     def disk_path(self) -> str:
         """What the names of its tensors on disk begin with."""
-        return self.stored.tensors[0].removesuffix(".weight")
+        return self.stored.disk_path
 
     def tensors(self) -> list[TensorSpec]:
         """What will be on disk of a factorized matrix, in the order of its form."""
         assert self.rank is not None
-        return FORMS[self.form].tensors(self.disk_path, self.dtype, self.stored.matrix.shape, self.rank)
+        return self.layout.tensors(self.disk_path, self.dtype, self.stored.matrix.shape, self.rank)
+
+    @property
+    def layout(self) -> Form:
+        """Its form, of what is factorized."""
+        return form_of(self.stored, self.form)
 
     @property
     def numbers_before(self) -> int:
-        """Numbers of the dense matrix."""
-        return math.prod(self.stored.matrix.shape)
+        """Numbers of the dense matrix, or of all experts."""
+        return self.stored.count * math.prod(self.stored.matrix.shape)
 
     @property
     def numbers_after(self) -> int:
         """Numbers stored for it."""
         if self.rank is None:
             return self.numbers_before
-        return FORMS[self.form].numbers(self.stored.matrix.shape, self.rank)
+        return self.layout.numbers(self.stored.matrix.shape, self.rank)
 
     @property
     def bytes_before(self) -> int:
         """Bytes of the dense matrix."""
-        return tensor_bytes(self.dtype, self.stored.matrix.shape)
+        return self.stored.count * tensor_bytes(self.dtype, self.stored.matrix.shape)
 
     @property
     def bytes_after(self) -> int:
         """Bytes of its tensors."""
         if self.rank is None:
             return self.bytes_before
-        return FORMS[self.form].nbytes(self.stored.matrix.shape, self.rank, self.dtype)
+        return self.layout.nbytes(self.stored.matrix.shape, self.rank, self.dtype)
 
     def row(self) -> dict[str, Any]:
         """One row of the plan's table."""
@@ -86,6 +93,7 @@ class PlannedMatrix:
             "matrix": matrix.name,
             "role": matrix.role,
             "block": matrix.block,
+            "experts": self.stored.count if isinstance(self.stored, StoredStack) else None,
             "out": matrix.shape[0],
             "in": matrix.shape[1],
             "rank": self.rank,
@@ -127,8 +135,8 @@ class Plan:
         after = before - matrices_before + matrices_after
         bytes_after = sum(shard.nbytes for shard in self.shards)
         return {
-            "factorized": sum(m.rank is not None for m in self.matrices),
-            "matrices": len(self.matrices),
+            "factorized": sum(m.stored.count for m in self.matrices if m.rank is not None),
+            "matrices": sum(m.stored.count for m in self.matrices),
             "matrix_numbers_before": matrices_before,
             "matrix_numbers_after": matrices_after,
             "matrix_keep": matrices_after / matrices_before,
@@ -241,8 +249,10 @@ def _counts(plan: Plan) -> str:
             return f"dense ({planned.reason})"
         return "as the recipe keeps them" if planned.stored.matrix.name in plan.said.keeps else "at rank 1"
 
-    counts = Counter(map(what, plan.matrices))
-    return ", ".join(f"{count} of {len(plan.matrices)} matrices {words}" for words, count in counts.items())
+    counts: Counter[str] = Counter()
+    for planned in plan.matrices:
+        counts[what(planned)] += planned.stored.count
+    return ", ".join(f"{count} of {counts.total()} matrices {words}" for words, count in counts.items())
 
 
 def _refuse_compressed(checkpoint: Checkpoint) -> None:
@@ -280,12 +290,12 @@ def _own_step(planned: PlannedMatrix, keep: Fraction, settings: CompressSettings
 
 def _plan(checkpoint: Checkpoint, settings: CompressSettings, said: Targets, steps: Mapping[str, int]) -> Plan:
     """The plan with these steps of the ladders; what has none stays dense."""
-    planned = (_decide(checkpoint, settings, stored, said, steps) for stored in checkpoint.matrices())
+    planned = (_decide(checkpoint, settings, stored, said, steps) for stored in checkpoint.units())
     return Plan(checkpoint, settings, tuple(planned), said)
 
 
 def _decide(
-    checkpoint: Checkpoint, settings: CompressSettings, stored: StoredMatrix, said: Targets, steps: Mapping[str, int]
+    checkpoint: Checkpoint, settings: CompressSettings, stored: Unit, said: Targets, steps: Mapping[str, int]
 ) -> PlannedMatrix:
     name = stored.matrix.name
     dense = PlannedMatrix(stored, checkpoint.headers[stored.tensors[0]].dtype, "dense", None, ALL_DENSE)
@@ -298,12 +308,16 @@ def _decide(
     if rank is None:
         bought = KEPT if name in said.keeps else BOUGHT_DENSE
         return replace(dense, reason=bought if len(rungs) > 1 else NO_RANK)
-    form = cheapest_form(stored.matrix.shape, rank, settings.form or "factors", _counted(dense, settings))
+    form = STACKED
+    if isinstance(stored, StoredMatrix):
+        form = cheapest_form(stored.matrix.shape, rank, settings.form or "factors", _counted(dense, settings))
     return replace(dense, form=form, rank=rank, reason="")
 
 
 def _ladder(planned: PlannedMatrix, settings: CompressSettings) -> Ladder:
     """What the matrix can be, in the unit of the budget."""
+    if isinstance(planned.stored, StoredStack):
+        return stack_ladder(planned.stored, _counted(planned, settings), settings.align)
     form = settings.form or "factors"
     return ladder(planned.stored.matrix.shape, form, _counted(planned, settings), settings.align)
 
@@ -316,11 +330,14 @@ def _counted(planned: PlannedMatrix, settings: CompressSettings) -> str | None:
 def _output_tensors(checkpoint: Checkpoint, planned: Sequence[PlannedMatrix]) -> Iterator[list[TensorSpec]]:
     """What will be on disk, in the order of the source: what is stored of a matrix in its place."""
     factorized = {p.stored.tensors[0]: p for p in planned if p.rank is not None}
+    replaced = {name: p for p in factorized.values() for name in p.stored.tensors}
+    written: set[int] = set()
     for header in checkpoint.headers.values():
-        if (p := factorized.get(header.name)) is not None:
-            yield p.tensors()
-        else:
+        if (p := replaced.get(header.name)) is None:
             yield [(output_name(header.name, factorized), header.dtype, header.shape)]
+        elif id(p) not in written:
+            written.add(id(p))
+            yield p.tensors()
 
 
 def output_name(name: str, factorized: Mapping[str, PlannedMatrix]) -> str:

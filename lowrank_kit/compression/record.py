@@ -11,7 +11,7 @@ from typing import Any
 from lowrank_kit.checkpoint.card import compressed_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
-from lowrank_kit.compression.forms import FORMS
+from lowrank_kit.compression.forms import TITLES
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan
 from lowrank_kit.compression.recipe import RECIPE_FILE, write_recipe
@@ -112,7 +112,7 @@ def _how(settings: CompressSettings, report: dict[str, Any]) -> dict[str, Any]:
         "budget": settings.budget_words,
         "objective": f"{settings.objective} ({OBJECTIVES[settings.objective].title})",
         "allocation": settings.allocation,
-        "form": "; ".join(f"{form} ({FORMS[form].title})" for form in forms) or None,
+        "form": "; ".join(f"{form} ({TITLES[form]})" for form in forms) or None,
         "refined": ", ".join(f"{stage}: {r['before']:.4g} to {r['after']:.4g}" for stage, r in refined) or None,
         "calibration": text and "{source}, {tokens:,} tokens, sha256 {sha256}".format(**text),
         "loss on check text": check.get("loss_compressed")
@@ -152,10 +152,10 @@ def role_rows(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "role": role,
-                "matrices": len(here),
+                "matrices": sum(m.get("experts") or 1 for m in here),
                 "out x in": ", ".join(dict.fromkeys(f"{m['out']} x {m['in']}" for m in here)),
                 "rank": "-".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or None,
-                "dense": sum(m["rank"] is None for m in here),
+                "dense": sum(m.get("experts") or 1 for m in here if m["rank"] is None),
                 "error": sum(errors) / len(errors) if errors else None,
                 "note": "; ".join(dict.fromkeys(m["note"] for m in here if m["note"])),
             }

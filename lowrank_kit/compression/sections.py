@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lowrank_kit.checkpoint.stored import StoredMatrix
+from lowrank_kit.checkpoint.stacks import Unit
 from lowrank_kit.compression.chain import Chain
 from lowrank_kit.matrices import Matrix
 
@@ -19,25 +19,17 @@ class Section:
     Args:
         index: in their order; block i is section i + 1.
         path: of the block, BEFORE or AFTER.
-        stored: name -> matrix.
+        stored: name -> matrix, or experts of a weight.
     """
 
     index: int
     path: str
-    stored: Mapping[str, StoredMatrix]
+    stored: Mapping[str, Unit]
 
     @property
     def matrices(self) -> list[Matrix]:
-        """Without where they are stored."""
-        return [one.matrix for one in self.stored.values()]
-
-    @property
-    def readers(self) -> dict[str, str]:
-        """`Matrix.shares_input` -> name of the first matrix that reads it."""
-        readers: dict[str, str] = {}
-        for matrix in self.matrices:
-            readers.setdefault(matrix.shares_input, matrix.name)
-        return readers
+        """All of them, experts one by one."""
+        return [matrix for unit in self.stored.values() for matrix in unit.matrices]
 
     @property
     def prefix(self) -> str:
@@ -49,7 +41,7 @@ class Section:
         return name.removeprefix(self.prefix)
 
 
-def sections_of(stored: Iterable[StoredMatrix], blocks: Sequence[str], chain: Chain | None) -> list[Section]:
+def sections_of(stored: Iterable[Unit], blocks: Sequence[str], chain: Chain | None) -> list[Section]:
     """All sections of a model, also those without a matrix.
 
     Args:
@@ -57,7 +49,7 @@ def sections_of(stored: Iterable[StoredMatrix], blocks: Sequence[str], chain: Ch
         blocks: paths, in order.
         chain: tells what comes after the blocks; None counts all that is outside of them as before.
     """
-    places: dict[str, dict[str, StoredMatrix]] = {path: {} for path in (BEFORE, *blocks, AFTER)}
+    places: dict[str, dict[str, Unit]] = {path: {} for path in (BEFORE, *blocks, AFTER)}
     for one in stored:
         name = one.matrix.name
         inside = next((path for path in blocks if name.startswith(f"{path}.")), None)

@@ -16,6 +16,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_kit.checkpoint.loading import in_evaluation
+from lowrank_kit.checkpoint.stacks import Unit
+from lowrank_kit.checkpoint.stored import StoredMatrix
+from lowrank_kit.compression.experts import fill_up, stacks_of, watching
+from lowrank_kit.compression.objectives import Statistics
 from lowrank_kit.data.blocks import IGNORED, TokenBlocks
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
@@ -29,11 +33,12 @@ def input_grams(
 ) -> dict[str, Tensor]:
     """Gram H = sum over tokens of x x^T of every input that a matrix reads.
 
-    Products are made in float32 or better and summed in float64. Matrices that share their input share its Gram.
+    Products are made in float32 or better and summed in float64. Matrices that share their input share its Gram. An
+    expert with fewer tokens than inputs is given as many average ones as it lacks, see `fill_up`.
 
     Args:
         model: a causal LM; runs on the device it is on.
-        matrices: the plain (not fused expert) matrices wanted.
+        matrices: those wanted; experts of a weight all together.
         blocks: calibration text, without padding.
         batch_size: sequences in a forward pass.
 
@@ -55,19 +60,23 @@ def input_grams(
 def input_grams_and_loss(
     model: PreTrainedModel, matrices: Iterable[Matrix], blocks: TokenBlocks, *, batch_size: int = 8
 ) -> tuple[dict[str, Tensor], float]:
-    """`input_grams` and `mean_loss` in one pass."""
-    with _adding(model, matrices) as grams:
+    """`input_grams`, of experts what they really read, and `mean_loss` in one pass."""
+    with _adding(model, matrices, filled=False) as grams:
         loss = mean_loss(model, blocks, batch_size=batch_size)
     return _whole(grams), loss
 
 
 @contextmanager
-def _adding(model: PreTrainedModel, matrices: Iterable[Matrix]) -> Iterator[dict[str, Tensor]]:
+def _adding(model: PreTrainedModel, matrices: Iterable[Matrix], *, filled: bool = True) -> Iterator[dict[str, Tensor]]:
     """Inside, the inputs of the matrices are added to the Grams that it gives; all are there afterwards."""
-    readers = {matrix.shares_input: matrix.name for matrix in matrices}
+    wanted = {matrix.shares_input: matrix for matrix in matrices}
+    readers = {key: matrix.name for key, matrix in wanted.items()}
     grams: dict[str, Tensor] = {}
-    with reading(model, {name: adder(grams, key, f"the input of {name}") for key, name in readers.items()}):
+    counts: dict[str, int] = {}
+    with reading(model, {name: adder(grams, key, f"the input of {name}", counts) for key, name in readers.items()}):
         yield grams
+    for keys in stacks_of(wanted):
+        fill_up(grams, counts, keys, wanted[keys[0]], filled=filled)
     unread = [name for key, name in readers.items() if key not in grams]
     if unread:
         raise LowRankError(
@@ -85,6 +94,7 @@ def output_grams(
 ) -> dict[str, Tensor]:
     """Gram G = sum over tokens of g g^T, g the gradient of the loss by the output of a matrix at a token.
 
+    Of an expert it is scaled such that this holds for the tokens that come to it, and filled up as in `input_grams`.
     The loss is that of tokens drawn from the model's own predictions, so that G / tokens is the Fisher information's
     block and 1/2 tr(G dW H dW^T) / tokens^2 what a change dW adds to the loss per token, in nats (K-FAC). One forward
     and one backward pass, the latter for activations alone.
@@ -99,12 +109,16 @@ def output_grams(
     Raises:
         LowRankError: NaN or Inf in the logits or a gradient, or no gradient at all, with the matrix named.
     """
-    names = [matrix.name for matrix in matrices]
+    wanted = {matrix.name: matrix for matrix in matrices}
+    names = list(wanted)
     grams: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     generator = torch.Generator().manual_seed(seed)
-    with _gradients_of(model, {name: adder(grams, name, f"the gradient of {name}") for name in names}):
+    with _gradients_of(model, {name: adder(grams, name, f"the gradient of {name}", counts) for name in names}):
         for ids in _batches(model, blocks, batch_size, "curvature"):
             sampled_loss(model, model(input_ids=ids, use_cache=False).logits, generator).backward()
+    for keys in stacks_of(wanted):
+        fill_up(grams, counts, keys, wanted[keys[0]], outputs_of=blocks.num_tokens)
     missing = [name for name in names if name not in grams]
     if missing:
         raise LowRankError(
@@ -158,17 +172,29 @@ def reading(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> 
     """Inside, each hook is given what the module of its name reads; the model is in evaluation mode.
 
     Model and training mode are as before afterwards.
+
+    Args:
+        model: or a part of it.
+        hooks: path in the model of a module, or name of an expert's matrix as `experts.down_proj[3]`, which is given
+            the tokens that come to it -> hook.
     """
     with ExitStack() as stack:
-        for name, hook in hooks.items():
+        for name, hook in stack.enter_context(watching(model, hooks, "inputs")).items():
             handle = model.get_submodule(name).register_forward_pre_hook(_first_argument(hook))
             stack.callback(handle.remove)
         stack.enter_context(in_evaluation(model))
         yield
 
 
-def adder(grams: dict[str, Tensor], key: str, what: str) -> Callable[[Tensor], None]:
+def adder(
+    grams: dict[str, Tensor], key: str, what: str, counts: dict[str, int] | None = None
+) -> Callable[[Tensor], None]:
     """Adds the Gram of what it is given, [..., I], to `grams[key]`, of which the upper triangle is kept.
+
+    Args:
+        grams, key: where to.
+        what: is read, for the error.
+        counts: if given, tokens are counted at the same key.
 
     Raises:
         LowRankError: NaN or Inf; `what` says of what.
@@ -179,6 +205,8 @@ def adder(grams: dict[str, Tensor], key: str, what: str) -> Callable[[Tensor], N
         if key not in grams:
             grams[key] = zero_gram(x_NI.shape[1], x.device)
         total = add_gram_(grams[key], x_NI)
+        if counts is not None:
+            counts[key] = counts.get(key, 0) + len(x_NI)
         # Not finite where a number is not, nor where the square of one is too large.
         if not total.diagonal().isfinite().all():
             raise LowRankError(
@@ -190,15 +218,41 @@ def adder(grams: dict[str, Tensor], key: str, what: str) -> Callable[[Tensor], N
     return add
 
 
+def statistics_of(unit: Unit, tokens: int, grams: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Statistics:
+    """What was found of a matrix, or of all experts of a weight.
+
+    Args:
+        unit: what it is of.
+        tokens: of the text.
+        grams: of `input_grams`.
+        outputs: of `output_grams`; empty without.
+    """
+    found = [outputs[matrix.name] for matrix in unit.matrices] if outputs else []
+    output_gram = (found[0] if isinstance(unit, StoredMatrix) else torch.stack(found)) if found else None
+    return Statistics(tokens=tokens, gram=gram_of(unit, grams), output_gram=output_gram)
+
+
+def gram_if_known(unit: Unit, grams: Mapping[str, Tensor]) -> Tensor | None:
+    """`gram_of`, None where there is none."""
+    return gram_of(unit, grams) if unit.matrices[0].shares_input in grams else None
+
+
+def gram_of(unit: Unit, grams: Mapping[str, Tensor]) -> Tensor:
+    """Gram of the inputs of a matrix, [I, I], or of all experts of a weight, [E, I, I], from those by input."""
+    if isinstance(unit, StoredMatrix):
+        return grams[unit.matrix.shares_input]
+    return torch.stack([grams[matrix.shares_input] for matrix in unit.matrices])
+
+
 def _first_argument(hook: Callable[[Tensor], None]) -> Any:
     return lambda module, args: hook(args[0])
 
 
 @contextmanager
 def reading_gradients(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Inside, a backward pass gives each hook the gradient by the output of the module of its name."""
+    """Inside, a backward pass gives each hook the gradient by the output of the module, or expert, of its name."""
     with ExitStack() as stack:
-        for name, hook in hooks.items():
+        for name, hook in stack.enter_context(watching(model, hooks, "gradients")).items():
             stack.callback(model.get_submodule(name).register_forward_hook(_by_output(hook)).remove)
         yield
 

@@ -14,17 +14,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lowrank_kit.checkpoint.folder import Checkpoint, refuse_non_finite
+from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.writer import write_tensors
 from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.calibration import dense_objective
 from lowrank_kit.compression.chain import Chain
+from lowrank_kit.compression.evidence import finite_weights
+from lowrank_kit.compression.experts import fill_up, stacks_of
 from lowrank_kit.compression.gather import HEAD_BATCH, collected, grams_while
 from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
 from lowrank_kit.compression.progress import Progress
 from lowrank_kit.compression.sections import AFTER, BEFORE, Section
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.compression.statistics import adder, reading_gradients, sampled_loss
+from lowrank_kit.compression.statistics import adder, reading_gradients, sampled_loss, statistics_of
 from lowrank_kit.compression.streams import Held, Stream, new_stream
 from lowrank_kit.linalg.factor import Factors, tail_scores
 
@@ -239,11 +241,18 @@ class Survey:
         if self.files.has(section):
             return run()
         outputs: dict[str, Tensor] = {}
-        hooks = {section.inside(m.name): adder(outputs, m.name, f"the gradient of {m.name}") for m in section.matrices}
+        counts: dict[str, int] = {}
+        hooks = {
+            section.inside(m.name): adder(outputs, m.name, f"the gradient of {m.name}", counts)
+            for m in section.matrices
+        }
         given: list[Stream] = []
         with reading_gradients(owner, hooks):
             grams = grams_while(lambda: given.append(run()), owner, section.matrices, section.prefix)
-        self._keep(section, grams, collected(outputs, {name: name for name in section.stored}))
+        wanted = {matrix.name: matrix for matrix in section.matrices}
+        for keys in stacks_of(wanted):
+            fill_up(outputs, counts, keys, wanted[keys[0]], outputs_of=self.ids.numel())
+        self._keep(section, grams, collected(outputs, {name: name for name in wanted}))
         given[0].settle()
         return given[0]
 
@@ -255,25 +264,22 @@ class Survey:
         found: dict[str, Tensor] = {}
         for name, stored in section.stored.items():
             self.progress.matrix(name)
-            ((on_disk, tensor),) = self.checkpoint.tensors(stored.tensors)
-            refuse_non_finite(self.checkpoint, on_disk, tensor)
-            known = Statistics(
-                tokens=self.ids.numel(), gram=grams[stored.matrix.shares_input], output_gram=outputs.get(name)
-            )
-            for leaf, value in self._of_matrix(stored.weight(tensor), known, section).items():
+            ((_, W),) = finite_weights(self.checkpoint, [stored])
+            known = statistics_of(stored, self.ids.numel(), grams, outputs)
+            for leaf, value in self._of_matrix(W, known, section).items():
                 found[f"{name}|{leaf}"] = value
         write_tensors(self.files.paths[section.path], found)
         self.progress.section(section.path)
 
-    def _of_matrix(self, W_OI: Tensor, known: Statistics, section: Section) -> dict[str, Tensor]:
+    def _of_matrix(self, W: Tensor, known: Statistics, section: Section) -> dict[str, Tensor]:
         """Evidence, and what the folding would have to find once more."""
         options, objective = self.settings.options, OBJECTIVES[self.objective]
         found: dict[str, Tensor] = {}
         cut_in_turn = self.sequential and section.path not in (BEFORE, AFTER)
         if self.needed == "inputs":
-            found[EVIDENCE] = OBJECTIVES["whiten"].factorize(W_OI, known, options).singular_values
+            found[EVIDENCE] = OBJECTIVES["whiten"].factorize(W, known, options).singular_values
         if self.needed == "loss" or not cut_in_turn:
-            factors = objective.factorize(W_OI, known, options)
+            factors = objective.factorize(W, known, options)
             if self.needed == "loss":
                 assert known.gram is not None
                 assert known.output_gram is not None

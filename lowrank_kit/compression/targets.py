@@ -8,13 +8,12 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.checkpoint.stored import StoredMatrix
+from lowrank_kit.checkpoint.stacks import Unit
 from lowrank_kit.compression.recipe import own_keeps
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import embedding_names, find_head, names_matching
 
-EXPERT = "a fused expert"
 EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 
 
@@ -54,11 +53,12 @@ def targets(checkpoint: Checkpoint, settings: CompressSettings) -> Targets:
     Raises:
         UsageError: a pattern or a rule without a matrix, embeddings included, nothing left to factorize.
     """
-    matrices = [stored.matrix for stored in checkpoint.matrices()]
+    units = checkpoint.units()
+    matrices = [unit.matrix for unit in units]
     names = [matrix.name for matrix in matrices]
     included = _matching(settings.include, names, checkpoint)
     excluded = _matching(settings.exclude, names, checkpoint)
-    dense = {matrix.name: EXPERT for matrix in matrices if matrix.expert is not None}
+    dense = {unit.matrix.name: unit.reason for unit in units if unit.reason}
     dense |= {name: NOT_INCLUDED for name in names if settings.include and name not in included}
     dense |= dict.fromkeys((name for name in names if name in excluded), EXCLUDED)
     if len(dense) == len(names) and (settings.include or settings.exclude):
@@ -70,10 +70,10 @@ def targets(checkpoint: Checkpoint, settings: CompressSettings) -> Targets:
     return Targets(dense, {name: keep for name, keep in keeps.items() if name not in dense})
 
 
-def foldable(checkpoint: Checkpoint, settings: CompressSettings | None = None) -> list[StoredMatrix]:
-    """The matrices that may be factorized: all but fused experts, of those that the settings leave."""
+def foldable(checkpoint: Checkpoint, settings: CompressSettings | None = None) -> list[Unit]:
+    """What may be factorized, of what the settings leave: matrices, and the experts of a fused weight together."""
     dense = targets(checkpoint, settings).dense if settings is not None else {}
-    return [s for s in checkpoint.matrices() if s.matrix.expert is None and s.matrix.name not in dense]
+    return [unit for unit in checkpoint.units() if not unit.reason and unit.matrix.name not in dense]
 
 
 def _matching(patterns: Iterable[str], names: list[str], checkpoint: Checkpoint) -> set[str]:

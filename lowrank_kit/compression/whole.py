@@ -8,7 +8,6 @@ import torch
 
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.compression.calibration import timed
-from lowrank_kit.compression.evidence import foldable
 from lowrank_kit.compression.fold import Folded, errors_of, others, stored_dtype
 from lowrank_kit.compression.plan import Plan
 from lowrank_kit.compression.refine import refine_end_to_end
@@ -58,7 +57,7 @@ def refine_whole(
         )
     made.pieces = {name: piece.read_back(model) for name, piece in made.pieces.items()}
     made.others = others(model)
-    cut = [stored.matrix for stored in foldable(plan.checkpoint) if stored.matrix.name in made.pieces]
+    cut = [matrix for piece in made.pieces.values() for matrix in piece.planned.stored.matrices]
     grams = input_grams(dense, cut, texts.check, batch_size=settings.batch_size)
     made.errors = errors_of(plan.checkpoint, made.pieces, grams)
     return made

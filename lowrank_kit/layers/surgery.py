@@ -1,4 +1,4 @@
-"""Exchange linear layers of a model for low-rank ones."""
+"""Exchange linear layers and experts of a model for low-rank ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import LowRankError
+from lowrank_kit.layers.experts import PROJECTIONS, LowRankExperts, LowRankStack, why_dense
 from lowrank_kit.layers.linear import LowRankLinear
 from lowrank_kit.layers.pivoted import PivotedLinear
 
 # Form of storage -> its layer.
 LAYERS: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
+# The form of a fused 3-D tensor of experts.
+STACKED = "stacked"
+
+
+def exchange(
+    model: nn.Module, name: str, rank: int, form: str = "factors"
+) -> LowRankLinear | PivotedLinear | LowRankStack:
+    """`exchange_linear`, or `exchange_experts` for the form of experts."""
+    return exchange_experts(model, name, rank) if form == STACKED else exchange_linear(model, name, rank, form)
 
 
 def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors") -> LowRankLinear | PivotedLinear:
@@ -25,10 +35,7 @@ def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors
     Raises:
         LowRankError: no such layer, not a linear one, or a pivoted one with as many rows as outputs.
     """
-    try:
-        old = model.get_submodule(name)
-    except AttributeError:
-        raise LowRankError(f"{type(model).__name__} has no module {name}") from None
+    old = _submodule(model, name, name)
     if isinstance(old, Conv1D):
         in_features, out_features = old.weight.shape
     elif isinstance(old, nn.Linear):
@@ -47,3 +54,33 @@ def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors
     )
     model.set_submodule(name, new)
     return new
+
+
+def exchange_experts(model: nn.Module, name: str, rank: int) -> LowRankStack:
+    """Put empty stacked factors in the place of a fused weight of experts, with its dtype and device.
+
+    Args:
+        model: changed in place: the experts become `LowRankExperts` with the first of their weights.
+        name: path of the weight in the model.
+        rank: of the factors, one for all experts.
+
+    Raises:
+        LowRankError: no such weight, or experts that cannot be factorized.
+    """
+    path, _, projection = name.rpartition(".")
+    experts = _submodule(model, path, name)
+    if projection not in PROJECTIONS or projection not in dict(experts.named_parameters(recurse=False)):
+        raise LowRankError(f"{name} is no fused weight of experts that is dense")
+    if not isinstance(experts, LowRankExperts):
+        if reason := why_dense(experts):
+            raise LowRankError(f"{name} stays dense: {reason}")
+        experts = LowRankExperts(experts)
+        model.set_submodule(path, experts)
+    return experts.factorize(projection, rank)
+
+
+def _submodule(model: nn.Module, path: str, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise LowRankError(f"{type(model).__name__} has no module {name}") from None

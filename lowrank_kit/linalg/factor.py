@@ -5,6 +5,7 @@ Shape legend: O out, I in, R rank, S = min(O, I), N tokens. W ~ B A with B [O, R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ FLOAT64_SIDE = 8192
 @dataclass(frozen=True)
 class Factors:
     """W ~ B A, directions in order of importance, so that a lower rank is a prefix.
+
+    Those of a stack of matrices have one dimension more in front, see `stacked`.
 
     Args:
         B: [O, R], orthonormal columns unless said otherwise.
@@ -35,9 +38,9 @@ class Factors:
         Raises:
             ValueError: rank below 1 or above the rank that is there.
         """
-        if not 1 <= rank <= self.A.shape[0]:
-            raise ValueError(f"rank must be between 1 and {self.A.shape[0]}, got {rank}")
-        return Factors(self.B[:, :rank], self.A[:rank], self.singular_values)
+        if not 1 <= rank <= self.A.shape[-2]:
+            raise ValueError(f"rank must be between 1 and {self.A.shape[-2]}, got {rank}")
+        return Factors(self.B[..., :rank], self.A[..., :rank, :], self.singular_values)
 
     def float32(self) -> Factors:
         """The same in half the memory; singular values as they are."""
@@ -54,20 +57,29 @@ class Factors:
         return (energy[rank:].sum().item() / total) ** 0.5 if total > 0 else 0.0
 
 
+def stacked(factors: Sequence[Factors]) -> Factors:
+    """Factors of several matrices of one shape as one: B [E, O, R], A [E, R, I].
+
+    Singular values are such that energies add up: the root of the sum of squares at each index.
+    """
+    values = torch.stack([one.singular_values for one in factors]).square().sum(0).sqrt()
+    return Factors(torch.stack([one.B for one in factors]), torch.stack([one.A for one in factors]), values)
+
+
 def weighted_error(W_OI: Tensor, approximation_OI: Tensor, gram_II: Tensor | None = None) -> float:
     """|(W' - W) H^{1/2}|_F / |W H^{1/2}|_F: relative error of the outputs, or of the weights where H is None.
 
     The difference is taken in the working dtype; its energy, of which some 6 digits are enough, in float32.
 
     Args:
-        W_OI: [O, I], any float dtype.
+        W_OI: [O, I], any float dtype; or several of them in one more dimension in front, whose energies are summed.
         approximation_OI: W', [O, I], any float dtype.
         gram_II: H, [I, I], symmetric positive semidefinite; any positive scale.
 
     Returns:
         0 for an exact W' and infinity for another one of a W without outputs.
     """
-    dtype = working_dtype(min(W_OI.shape), W_OI.device)
+    dtype = working_dtype(min(W_OI.shape[-2:]), W_OI.device)
     W_OI = W_OI.to(dtype)
 
     # Of size one: no square of a number in float32 is too large or too small.
@@ -230,14 +242,15 @@ def tail_scores(factors: Factors, gram_II: Tensor, output_gram_OO: Tensor) -> Te
     made for these weights.
 
     Args:
-        factors: of full rank S.
+        factors: of full rank S; of a stack, of which the sum over its matrices is given.
         gram_II: [I, I].
         output_gram_OO: [O, O].
     """
     dtype = factors.B.dtype
     outer_SS = factors.B.mT @ output_gram_OO.to(dtype) @ factors.B
     products_SS = outer_SS * (factors.A @ gram_II.to(dtype) @ factors.A.mT)
-    return 2 * products_SS.triu().sum(1) - products_SS.diagonal()
+    scores_S = 2 * products_SS.triu().sum(-1) - products_SS.diagonal(dim1=-2, dim2=-1)
+    return scores_S.flatten(0, -2).sum(0) if scores_S.ndim > 1 else scores_S
 
 
 def _root(gram_II: Tensor) -> Tensor:

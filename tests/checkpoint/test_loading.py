@@ -30,15 +30,15 @@ from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import LowRankConfig
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.layers import LAYERS, LowRankLinear, PivotedLinear
-from lowrank_kit.matrices import find_matrices
+from lowrank_kit.layers import LAYERS, LowRankLinear, LowRankStack, PivotedLinear
 from lowrank_kit.optim import parameter_groups
 from tests.families import FAMILIES, build, token_ids
 
 KEEP = 0.6
-Layer = LowRankLinear | PivotedLinear
+Layer = LowRankLinear | PivotedLinear | LowRankStack
 both_forms = pytest.mark.parametrize("form", LAYERS)
-KEEP_OF_EXPERTS = dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), 0.94)  # which stay dense, and are most of these
+KEEP_OF_EXPERTS = {"gpt_oss": 0.94}  # which stay dense, and are most of it
+EXPERTS = ("mixtral", "qwen3_moe")
 # float32 logits of size 4: W x and B (A x) differ by some hundred roundings of 2^-24; a wrong factor moves them by 0.1.
 LOGITS_ATOL = 3e-5
 # Small enough that every family is spread over several files.
@@ -93,12 +93,20 @@ def test_logits_are_those_of_the_dense_model_with_BA_for_W(
     dense = AutoModelForCausalLM.from_pretrained(dense_folder)
     before = logits(dense)
     layers = low_rank_layers(model)
-    plain = [matrix for matrix in find_matrices(dense) if matrix.expert is None]
-    assert set(layers) == {matrix.name for matrix in plain}
-    assert {type(layer) for layer in layers.values()} == {LAYERS[form]}
-    for name, layer in layers.items():
-        old = dense.get_submodule(name)
+    units = [unit for unit in Checkpoint.open(dense_folder).units() if not unit.reason]
+    names = {unit.matrix.name: unit.matrix.name.removesuffix("_proj" * (unit.count > 1)) for unit in units}
+    assert set(layers) == set(names.values())
+    assert {type(layer) for layer in layers.values()} == {LAYERS[form], *[LowRankStack] * (family in EXPERTS)}
+    for name, layer in ((name, layers[path]) for name, path in names.items()):
         assert layer.rank == model.config.quantization_config.matrices[name]["rank"]
+        if isinstance(layer, LowRankStack):
+            with torch.no_grad():
+                W, BA = dense.get_parameter(name), layer.dense_weight()
+                best = torch.linalg.svdvals(W.double())[:, layer.rank :].norm(dim=1)
+                assert torch.allclose((W - BA).double().flatten(1).norm(dim=1), best, rtol=1e-4)
+                W.copy_(BA)
+            continue
+        old = dense.get_submodule(name)
         with torch.no_grad():
             stored_W, BA = old.weight, layer.dense_weight()
             W = stored_W.mT if isinstance(old, Conv1D) else stored_W
@@ -131,8 +139,8 @@ def test_saved_again_it_is_the_same(
         json.loads((path / "config.json").read_text())["quantization_config"] for path in (folder, tmp_path)
     )
     assert after == before
-    assert after["format_version"] == {"factors": 1, "pivoted": 2}[form]
-    assert {entry["form"] for entry in after["matrices"].values()} == {form}
+    assert after["format_version"] == (3 if family in EXPERTS else {"factors": 1, "pivoted": 2}[form])
+    assert {entry["form"] for entry in after["matrices"].values()} == {form, *["stacked"] * (family in EXPERTS)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -282,8 +290,8 @@ def changed_config(folder: Path, copy: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         (
-            {"format_version": 3},
-            r"format version 3, this lowrank-kit reads up to 2\nhint: pip install --upgrade lowrank-",
+            {"format_version": 4},
+            r"format version 4, this lowrank-kit reads up to 3\nhint: pip install --upgrade lowrank-",
         ),
         ({"format_version": "new"}, "format version 'new'"),
         ({"matrices": {"model.layers.0.mlp.up_proj": {"rank": 4, "form": "folded"}}}, "up_proj .* form 'folded'"),

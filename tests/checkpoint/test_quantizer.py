@@ -11,24 +11,25 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_kit.checkpoint.quantizer import FORMS, LowRankConfig, needed_version
 from lowrank_kit.compression import forms
-from lowrank_kit.layers import LAYERS, exchange_linear
+from lowrank_kit.layers import LAYERS, STACKED, exchange_linear
 from lowrank_kit.matrices import find_matrices
 from tests.families import build, token_ids
 
 
 def test_every_form_that_is_written_has_a_version_and_a_layer() -> None:
-    assert FORMS.keys() == forms.FORMS.keys() == LAYERS.keys()
+    assert FORMS.keys() == forms.TITLES.keys() == {*forms.FORMS, STACKED} == {*LAYERS, STACKED}
 
 
 @pytest.mark.parametrize(
-    ("stored", "version"), [([], 1), (["factors"], 1), (["factors", "pivoted"], 2), (["pivoted", "factors"], 2)]
+    ("stored", "version"),
+    [([], 1), (["factors"], 1), (["factors", "pivoted"], 2), (["pivoted", "factors"], 2), (["stacked"], 3)],
 )
 def test_the_lowest_version_that_will_do(stored: list[str], version: int) -> None:
     matrices = {f"m{i}": {"rank": 3, "form": form} for i, form in enumerate(stored)}
     assert needed_version(matrices) == version
     assert LowRankConfig(matrices).to_dict()["format_version"] == version
     # What a folder says is kept where it is enough.
-    assert LowRankConfig(matrices, format_version=2).format_version == 2
+    assert LowRankConfig(matrices, format_version=2).format_version == max(2, version)
 
 
 def test_what_stands_beside_a_pivoted_layer_stays_whole(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from lowrank_kit.compression.calibration import Calibration
 from lowrank_kit.compression.chain import Chain, block_paths
 from lowrank_kit.compression.evidence import foldable
 from lowrank_kit.compression.fold import Fold, Folded
-from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
+from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan, make_plan
 from lowrank_kit.compression.sections import Section, sections_of
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.compression.statistics import input_grams, mean_loss, output_grams
+from lowrank_kit.compression.statistics import input_grams, input_grams_and_loss, output_grams, statistics_of
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.compression.whole import refine_whole
 from lowrank_kit.data.blocks import TokenBlocks
@@ -39,19 +39,15 @@ def settings_of(**given: Any) -> CompressSettings:
 def calibration_of(folder: Path, settings: CompressSettings, *, blocks: int = 20) -> Calibration:
     """As `calibrate` makes it."""
     model = load_model(Checkpoint.open(folder), device=CPU, dtype=torch.float32)
-    matrices = [stored.matrix for stored in foldable(Checkpoint.open(folder))]
+    units = foldable(Checkpoint.open(folder))
+    matrices = [matrix for unit in units for matrix in unit.matrices]
     texts = Texts("random", blocks_of(blocks, 1), blocks_of(blocks, 2), blocks_of(6, 3), (), "")
     grams = input_grams(model, matrices, texts.calibration)
     outputs = output_grams(model, matrices, texts.calibration) if settings.needs_curvature else {}
-    statistics = {
-        m.name: Statistics(
-            tokens=texts.calibration.num_tokens, gram=grams[m.shares_input], output_gram=outputs.get(m.name)
-        )
-        for m in matrices
-    }
-    return Calibration(
-        folder, texts, statistics, input_grams(model, matrices, texts.check), mean_loss(model, texts.check), {}
-    )
+    tokens = texts.calibration.num_tokens
+    statistics = {unit.matrix.name: statistics_of(unit, tokens, grams, outputs) for unit in units}
+    check_grams, check_loss = input_grams_and_loss(model, matrices, texts.check)
+    return Calibration(folder, texts, statistics, check_grams, check_loss, {})
 
 
 def folded(folder: Path, dtype: torch.dtype = torch.float64, **given: Any) -> tuple[Plan, Calibration, Folded]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.stacks import StoredStack
 from lowrank_kit.compression.evidence import weight_evidence
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
@@ -26,8 +27,8 @@ def test_singular_values_of_every_matrix(family: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     source = Checkpoint.open(tmp_path)
     evidence = weight_evidence(source)
-    plain = [stored.matrix for stored in source.matrices() if stored.matrix.expert is None]
-    assert evidence.keys() == {matrix.name for matrix in plain}
+    assert evidence.keys() == {unit.matrix.name for unit in source.units()}
+    plain = [unit.matrix for unit in source.units() if not isinstance(unit, StoredStack)]
     for matrix in plain:
         values = evidence[matrix.name].singular_values
         assert values is not None

@@ -6,16 +6,18 @@ Shape legend: O out, I in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
-from lowrank_kit.linalg.factor import Factors
+from lowrank_kit.linalg.factor import Factors, stacked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """What a calibration knows of one matrix. Sums over the tokens, in float64.
+
+    Of the experts of a fused weight, Grams have one dimension more in front.
 
     Args:
         tokens: number of them.
@@ -30,6 +32,11 @@ class Statistics:
     output_gram: Tensor | None = None
     changed_gram: Tensor | None = None
     cross: Tensor | None = None
+
+    def of(self, expert: int) -> Statistics:
+        """Those of one expert."""
+        grams = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        return replace(self, **{name: gram[expert] for name, gram in grams.items() if gram is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +62,27 @@ class Objective:
 
     Args:
         title: what it minimizes.
-        factorize: (W [O, I], statistics, options) -> nested factors of full rank.
+        one: (W [O, I], statistics, options) -> nested factors of full rank.
         source: where it comes from.
         needs: fields of `Statistics` that it asks for.
     """
 
     title: str
-    factorize: Callable[[Tensor, Statistics, Options], Factors]
+    one: Callable[[Tensor, Statistics, Options], Factors]
     source: str
     needs: frozenset[str] = field(default=frozenset())
+
+    def factorize(self, W: Tensor, statistics: Statistics, options: Options) -> Factors:
+        """Nested factors of full rank, of experts one by one.
+
+        Args:
+            W: [O, I], or of E experts [E, O, I].
+            statistics: of the same.
+            options: numbers that the objective may ask for.
+        """
+        if W.ndim == 2:
+            return self.one(W, statistics, options)
+        return stacked([self.one(W_OI, statistics.of(expert), options) for expert, W_OI in enumerate(W)])
 
     @property
     def needs_text(self) -> bool:

@@ -85,6 +85,7 @@ class Fold:
         known: what is known beforehand, if anything is.
         spill: folder for activations; None keeps them in memory.
         progress: is told of each matrix that is begun.
+        seconds: what each part takes is added here.
     """
 
     def __init__(
@@ -98,13 +99,14 @@ class Fold:
         known: Known | None = None,
         spill: Path | None = None,
         progress: Progress | None = None,
+        seconds: dict[str, float] | None = None,
     ) -> None:
         self.plan, self.sections, self.progress = plan, sections, progress or Progress()
         self.planned = {m.stored.matrix.name: m for m in plan.matrices if m.rank is not None}
         self.chain, self.calibration, self.known = chain, calibration, known
         self.objective = OBJECTIVES[plan.settings.objective]
         self.by_block = plan.settings.refine in ("block", "both")
-        self.seconds: dict[str, float] = {} if calibration is None else calibration.seconds
+        self.seconds = {} if seconds is None else seconds
         self.ids: dict[str, Tensor] = {}
         if chain is not None:
             assert texts is not None
@@ -174,7 +176,7 @@ class Fold:
     def _block(self, section: Section, found: Folded | None) -> tuple[nn.Module, Folded]:
         """A block as it is stored, and what became of it; the dense streams have gone through."""
         assert self.chain is not None
-        index, prefix = section.index - 1, f"{section.path}."
+        index = section.index - 1
         block = self.chain.block(index)
         changed = twin(block)
         if found is not None:
@@ -195,7 +197,7 @@ class Fold:
             with timed(self.seconds, "refine by block"):
                 made.refined[section.path] = self._refine(section, changed)
             made.pieces = {name: piece.read_back(changed, section.prefix) for name, piece in made.pieces.items()}
-            made.others = {f"{prefix}{name}": t for name, t in self._others(changed, prefix).items()}
+            made.others = others(self.plan, changed, section.prefix)
             _install(changed, made, section, installed=True)
         made.errors = errors_of(self.plan.checkpoint, made.pieces, grams.check)
         return changed, made
@@ -281,16 +283,6 @@ class Fold:
             stored=stored_dtype(self.plan),
         )
 
-    def _others(self, changed: nn.Module, prefix: str) -> dict[str, Tensor]:
-        """What was trained outside of the low-rank layers' matrices, as it will be stored."""
-        on_disk = self.plan.checkpoint.disk_names()
-        headers, found = self.plan.checkpoint.headers, {}
-        for name, tensor in others(changed).items():
-            disk = on_disk.get(f"{prefix}{name}")
-            dtype = TORCH_DTYPES[headers[disk].dtype] if disk is not None else stored_dtype(self.plan)
-            found[name] = tensor.to(dtype)
-        return found
-
     def _losses(self, pieces: Mapping[str, Piece]) -> dict[str, float]:
         assert self.chain is not None
         ids, losses = self.ids["check"], {}
@@ -333,11 +325,25 @@ def stored_dtype(plan: Plan) -> torch.dtype:
     return min(planned, key=lambda dtype: dtype.itemsize)
 
 
-def others(module: nn.Module) -> dict[str, Tensor]:
-    """What is trained outside of the low-rank layers' matrices, biases of these layers included."""
+def others(plan: Plan, module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """What was trained outside of the low-rank layers' factors, as it will be stored: norms, and biases of all layers.
+
+    Args:
+        plan: which layers there are.
+        module: the model, or a part of it.
+        prefix: what names begin with before their path in the part.
+    """
     layers = [name for name, layer in module.named_modules() if isinstance(layer, LOW_RANK_LAYERS)]
     factors = {f"{name}.{leaf}{weight}" for name in layers for leaf in "ABC" for weight in (".weight", "")}
-    return {name: p.detach().cpu() for name, p in trainable(module).items() if name not in factors}
+    on_disk, headers = plan.checkpoint.disk_names(), plan.checkpoint.headers
+    found = {}
+    for name, parameter in trainable(module).items():
+        if name in factors:
+            continue
+        disk = on_disk.get(f"{prefix}{name}")
+        dtype = TORCH_DTYPES[headers[disk].dtype] if disk is not None else stored_dtype(plan)
+        found[f"{prefix}{name}"] = parameter.detach().to("cpu", dtype)
+    return found
 
 
 def _install(block: nn.Module, made: Folded, section: Section, *, installed: bool) -> None:

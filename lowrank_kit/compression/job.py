@@ -179,8 +179,8 @@ class Job:
             known=self.survey,
             spill=spill,
             progress=self.progress,
+            seconds=self.seconds,
         )
-        folding.seconds = self.seconds
         with self.progress.stage("fold", len(sections), sum(kept.has(section) for section in sections)):
             for section, made in folding.run(kept):
                 kept.keep(section, made)

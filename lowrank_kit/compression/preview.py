@@ -89,7 +89,7 @@ def plan_rows(matrices: Sequence[Mapping[str, Any]], *, grouped: bool = False) -
         {
             "matrix": m["matrix"],
             "role": m["role"],
-            "out x in": f"{m['out']} x {m['in']}",
+            "out x in": " x ".join(str(m[side]) for side in ("experts", "out", "in") if m.get(side)),
             "rank": m["rank"],
             "form": m["form"],
             "kept": m["kept"],

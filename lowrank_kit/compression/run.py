@@ -94,9 +94,8 @@ def compress(
         job = Job(
             checkpoint, choice.settings, needed, work, calibration=calibration, device=where, dtype=resolve_dtype(dtype)
         )
-        work.begin(
-            _fingerprint(hashes | _config_hash(checkpoint), settings, job.texts, str(where), dtype), choice.record()
-        )
+        fingerprint = _fingerprint(hashes | _config_hash(checkpoint), settings, job.texts, str(where), dtype)
+        work.begin(fingerprint, choice.kept())
         _tell(choice)
         with _spilled(spill, work) as folder:
             plan, evidence = job.plan(folder)

@@ -50,7 +50,7 @@ def input_grams(
     """
     matrices = list(matrices)
     inside = set(model.base_model.modules())
-    headless = all(model.get_submodule(matrix.name) in inside for matrix in matrices)
+    headless = all(model.get_submodule(matrix.parameter.rpartition(".")[0]) in inside for matrix in matrices)
     with _adding(model, matrices) as grams, torch.inference_mode():
         for ids in _batches(model, blocks, batch_size, "calibration"):
             (model.base_model if headless else model)(input_ids=ids, use_cache=False)

@@ -56,7 +56,7 @@ def refine_whole(
             stored=stored_dtype(plan),
         )
     made.pieces = {name: piece.read_back(model) for name, piece in made.pieces.items()}
-    made.others = others(model)
+    made.others = others(plan, model)
     cut = [matrix for piece in made.pieces.values() for matrix in piece.planned.stored.matrices]
     grams = input_grams(dense, cut, texts.check, batch_size=settings.batch_size)
     made.errors = errors_of(plan.checkpoint, made.pieces, grams)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,6 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path).path.strip("/").split("/")
         if parts in (["sent"], ["stop"]):
             if parts == ["stop"]:  # this is the last answer, as without a network
+                self.server.socket.shutdown(socket.SHUT_RDWR)  # closed alone, it takes one more connection
                 self.server.socket.close()
             self._answer(200, json.dumps(self.server.sent).encode(), {})
             return

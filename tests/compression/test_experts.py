@@ -285,6 +285,25 @@ def test_experts_fused_on_disk_too(tmp_path: Path) -> None:
     assert len(Checkpoint.open(tmp_path / "out").matrices()) == 8 + 16
 
 
+def test_what_is_written_is_what_was_trained(dense: Callable[..., Path], tmp_path: Path) -> None:
+    settings = settings_of(objective="whiten", refine="e2e", e2e_epochs=1)
+    calibration = calibration_of(dense("mixtral"), settings)
+    compress(dense("mixtral"), tmp_path / "trained", settings, calibration=calibration)
+    compress(dense("mixtral"), tmp_path / "not", settings_of(objective="whiten"), calibration=calibration)
+    trained, untrained = (load_file(tmp_path / name / "model.safetensors") for name in ("trained", "not"))
+    factors = [name for name in trained if name.endswith((".gate_up.A", ".gate_up.B", ".down.A", ".down.B"))]
+    assert len(factors) == 4 * BLOCKS
+    assert not any(torch.equal(trained[name], untrained[name]) for name in factors)
+
+
+def test_a_forward_that_somebody_else_put_there_is_there_afterwards() -> None:
+    model = build("mixtral")
+    experts: Any = model.get_submodule(PATH)
+    mine = experts.forward = experts.forward
+    input_grams(model, experts_of(model), TEXT)
+    assert experts.__dict__["forward"] == mine
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_with_training_and_ranks_by_loss(
     objective: str, dense: Callable[..., Path], tmp_path: Path

@@ -17,6 +17,7 @@ from lowrank_kit.linalg.factor import (
     anchored_target,
     ridged,
     scaled_svd,
+    stacked,
     tail_scores,
     truncated_svd,
     two_sided_svd,
@@ -380,3 +381,18 @@ def test_scaled_keeps_directions_that_only_unseen_inputs_reach() -> None:
     full = scaled_svd(W, gram_of(X))
     torch.testing.assert_close(full.dense(), W, atol=1e-10, rtol=0)
     assert output_error(W, full.truncate(3), X) < 1e-6 * (W @ X).square().sum()
+
+
+def test_a_stack_has_the_energies_and_errors_of_its_matrices_together() -> None:
+    W = torch.randn(3, 6, 5, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.0])[:, None, None]
+    gram = torch.stack([x.mT @ x for x in torch.randn(3, 20, 5, dtype=torch.float64)])
+    each = [whitened_svd(W[e], gram[e]) for e in range(3)]
+    whole = stacked(each).truncate(2)
+    lost = [weighted_error(W[e], each[e].truncate(2).dense(), gram[e]) for e in range(2)]
+    energies = [(W[e] @ gram[e] @ W[e].mT).trace().item() for e in range(2)]
+    share = sum(error**2 * energy for error, energy in zip(lost, energies, strict=True)) / sum(energies)
+    assert weighted_error(W, whole.dense(), gram) == pytest.approx(share**0.5, rel=1e-5)
+    assert whole.relative_error(2) == pytest.approx(share**0.5, rel=1e-5)
+    curvature = torch.stack([torch.eye(6, dtype=torch.float64)] * 3)
+    together = torch.stack([tail_scores(each[e], gram[e], curvature[e]) for e in range(3)]).sum(0)
+    torch.testing.assert_close(tail_scores(stacked(each), gram, curvature), together)

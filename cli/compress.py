@@ -126,6 +126,9 @@ def command(
     The model is read block by block. What is finished is kept in DIR.partial until the output is whole: a run that was
     stopped, in whatever way, goes on with --resume and the same settings.
 
+    On several devices: torchrun --nproc-per-node 2 --no-python lowrank compress ..., or accelerate launch. Each process
+    has its share of the text and of the matrices, and its own device.
+
     A PATTERN is of names of matrices as in a shell, "*.o_proj"; with --include what is not named stays dense. The
     budget counts these too. --include lm_head, the head's own name, makes a head that is not tied a matrix like others.
 
@@ -148,12 +151,16 @@ def command(
         emit(found, _plan_text(found, verbosity), as_json)
         return
     assert output is not None
-    if not resume:
+    from lowrank_kit.processes import disconnect, is_first
+
+    if not resume and is_first():  # which fills it while the others start
         check_new_folder(output)
     from lowrank_kit.compression.run import compress
 
     report = compress(model, output, settings, device=device, dtype=dtype, resume=resume, spill=spill)
-    emit(report, _report_text(report, output), as_json)
+    disconnect()
+    if is_first():
+        emit(report, _report_text(report, output), as_json)
 
 
 def _settings(recipe: Path | None, given: dict[str, Any], context: click.Context) -> CompressSettings:

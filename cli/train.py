@@ -127,7 +127,7 @@ def command(
     """
     from lowrank_kit.config import load_settings
     from lowrank_kit.errors import UsageError
-    from lowrank_kit.training.processes import disconnect, is_first
+    from lowrank_kit.processes import disconnect, is_first
     from lowrank_kit.training.run import RUN_FILE, stored_settings, train
     from lowrank_kit.training.settings import TrainSettings
 
@@ -158,9 +158,9 @@ def command(
 def _dry_run(settings: TrainSettings, device: str, as_json: bool) -> None:
     """Print the estimate, then end as the run would: refused if it does not fit."""
     from lowrank_kit.device import resolve_device
+    from lowrank_kit.processes import is_first
     from lowrank_kit.report.tables import text_table
     from lowrank_kit.training.estimate import check_memory, report, report_rows
-    from lowrank_kit.training.processes import is_first
     from lowrank_kit.training.run import estimate
 
     found, torch_device = estimate(settings), resolve_device(device)

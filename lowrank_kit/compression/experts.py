@@ -19,6 +19,7 @@ from lowrank_kit.checkpoint.loading import in_evaluation
 from lowrank_kit.checkpoint.stacks import StoredStack
 from lowrank_kit.compression.chain import Chain
 from lowrank_kit.compression.streams import Stream
+from lowrank_kit.compression.team import sum_grams
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers.experts import expert_inner, expert_linear, expert_tokens, run_experts
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
@@ -181,6 +182,9 @@ def expert_grams(
             add_gram_(grams[name], y_NI)
             crosses[name] += x_NI.mT @ y_NI
             counts[name] = counts.get(name, 0) + len(y_NI)
+    sides = dict.fromkeys(names, stack.matrix.shape[1])
+    sum_grams(crosses, dict(counts), sides, chain.device)
+    sum_grams(grams, counts, sides, chain.device)
     for sums in (grams, crosses):
         fill_up(sums, counts, names, stack.matrices[0])
     if not grams:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank_kit.compression.chain import Chain
 from lowrank_kit.compression.piece import Piece
 from lowrank_kit.compression.streams import Spilled, Stream, new_stream
+from lowrank_kit.compression.team import agreed, share_of
 
 
 class Flow:
@@ -24,13 +25,14 @@ class Flow:
 
     Args:
         chain: the blocks.
-        texts: name -> int [N, T].
+        texts: name -> int [N, T], of which this process takes its share.
         changed: names of the texts that also flow through the compressed model.
         spill: folder for the streams; None keeps them in memory.
     """
 
     def __init__(self, chain: Chain, texts: Mapping[str, Tensor], changed: Collection[str], spill: Path | None) -> None:
-        self.chain, self.texts, self.spill = chain, texts, spill
+        self.chain, self.spill = chain, spill
+        self.texts = {name: share_of(ids) for name, ids in texts.items()}
         self.dense: dict[str, Stream] = {}
         self.changed: dict[str, Stream] = {}
         self._changed_names = [name for name in texts if name in changed]
@@ -56,7 +58,7 @@ class Flow:
         wanted = {f"{name}-dense" for name in self.texts} | {f"{name}-changed" for name in self._changed_names}
         found = {name: Spilled.find(self.spill, name, place) for name in wanted}
         there = {name: stream for name, stream in found.items() if stream is not None}
-        if len(there) < len(wanted):
+        if not agreed(len(there) == len(wanted)):
             return False
         self.dense = {name: there[f"{name}-dense"] for name in self.texts}
         self.changed = {name: there[f"{name}-changed"] for name in self._changed_names}

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,7 @@ from lowrank_kit.compression.progress import Progress
 from lowrank_kit.compression.refine import Refined, refine_block, trainable
 from lowrank_kit.compression.sections import Section
 from lowrank_kit.compression.statistics import gram_if_known
+from lowrank_kit.compression.team import spread
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.layers import LOW_RANK_LAYERS
 from lowrank_kit.linalg.factor import Factors, weighted_error
@@ -107,12 +109,13 @@ class Fold:
         self.objective = OBJECTIVES[plan.settings.objective]
         self.by_block = plan.settings.refine in ("block", "both")
         self.seconds = {} if seconds is None else seconds
-        self.ids: dict[str, Tensor] = {}
+        self.tokens = 0
         if chain is not None:
             assert texts is not None
-            self.ids = {name: blocks.ids for name, blocks in texts.sets.items() if name in self._flowing()}
+            flowing = {name: blocks.ids for name, blocks in texts.sets.items() if name in self._flowing()}
             changed = self._flowing() if self.objective.sequential else {"check", "refinement"}
-            self.flow = Flow(chain, self.ids, changed, spill)
+            self.flow = Flow(chain, flowing, changed, spill)
+            self.tokens = texts.calibration.num_tokens
             self.grams = Gathering(self.flow, calibration, self.objective.sequential, self.seconds)
         else:
             self.grams = Gathering(None, calibration, self.objective.sequential, self.seconds)
@@ -212,13 +215,16 @@ class Fold:
             nested = self.calibration.factors(self.plan.checkpoint, objective, settings.options)
         else:
             nested = {} if self.known is None else self.known.factors(section.path)
-        for name in section.stored:
+
+        def piece(name: str) -> Piece:
             factors, spent = nested.get(name), 0.0
             if factors is None:
                 factors, spent = self._factorize(section, name, objective, grams)
             elif self.calibration is not None:
                 spent = self.calibration.matrix_seconds.get(name, 0.0)
-            yield name, self._cut(name, factors, gram_if_known(section.stored[name], grams.calibration), spent)
+            return self._cut(name, factors, gram_if_known(section.stored[name], grams.calibration), spent)
+
+        return spread(section.costs, piece)
 
     def _cut_in_turn(
         self, section: Section, block: nn.Module, changed: nn.Module, grams: Grams
@@ -231,10 +237,13 @@ class Fold:
         for group in in_order(self.chain, section, block, streams[0]):
             with timed(self.seconds, "grams of the compressed model"):
                 gram, cross = changed_grams(self.chain, index, (block, changed), group[0], streams)
-            for name in (unit.matrix.name for unit in group):
-                known = Statistics(changed_gram=gram, cross=cross)
-                factors, spent = self._factorize(section, name, self.plan.settings.objective, grams, known)
-                yield name, self._cut(name, factors, gram, spent)
+            costs = {unit.matrix.name: section.costs[unit.matrix.name] for unit in group}
+            yield from spread(costs, partial(self._cut_changed, section, grams, gram, cross))
+
+    def _cut_changed(self, section: Section, grams: Grams, gram: Tensor, cross: Tensor, name: str) -> Piece:
+        known = Statistics(changed_gram=gram, cross=cross)
+        factors, spent = self._factorize(section, name, self.plan.settings.objective, grams, known)
+        return self._cut(name, factors, gram, spent)
 
     def _factorize(
         self, section: Section, name: str, objective: str, grams: Grams, known: Statistics | None = None
@@ -249,7 +258,7 @@ class Fold:
             output_gram = self.known.output_grams(section.path).get(name)
         known = replace(
             known or Statistics(),
-            tokens=self.ids["calibration"].numel() if "calibration" in self.ids else 0,
+            tokens=self.tokens,
             gram=gram_if_known(section.stored[name], grams.calibration),
             output_gram=output_gram,
         )
@@ -277,6 +286,7 @@ class Fold:
             changed,
             text,
             check,
+            batch_size=settings.batch_size,
             epochs=settings.block_epochs,
             rate=settings.block_rate,
             seed=settings.seed,
@@ -285,7 +295,7 @@ class Fold:
 
     def _losses(self, pieces: Mapping[str, Piece]) -> dict[str, float]:
         assert self.chain is not None
-        ids, losses = self.ids["check"], {}
+        ids, losses = self.flow.texts["check"], {}
         with self.chain.outside():
             losses["loss_dense"] = loss_after(self.chain, ids, self.flow.dense["check"])
             with exchanged(self.chain.model, pieces):
@@ -311,12 +321,13 @@ def errors_of(checkpoint: Checkpoint, pieces: Mapping[str, Piece], grams: Mappin
         pieces: name -> what the matrix became.
         grams: `Matrix.shares_input` -> Gram on text that the factors were not made for.
     """
-    return {
-        name: weighted_error(
-            weight_of(checkpoint, piece.planned), piece.dense(), gram_if_known(piece.planned.stored, grams)
-        )
-        for name, piece in pieces.items()
-    }
+
+    def error(name: str) -> float:
+        planned = pieces[name].planned
+        W, gram = weight_of(checkpoint, planned), gram_if_known(planned.stored, grams)
+        return weighted_error(W, pieces[name].dense(), gram)
+
+    return dict(spread({name: piece.planned.numbers_before for name, piece in pieces.items()}, error))
 
 
 def stored_dtype(plan: Plan) -> torch.dtype:

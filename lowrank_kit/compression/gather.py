@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_kit.checkpoint.loading import in_evaluation
 from lowrank_kit.checkpoint.stacks import StoredStack, Unit
+from lowrank_kit.compression import team
 from lowrank_kit.compression.calibration import Calibration, timed
 from lowrank_kit.compression.chain import Chain, read_input
 from lowrank_kit.compression.experts import expert_grams, fill_up, stacks_of
@@ -22,9 +23,11 @@ from lowrank_kit.compression.flow import Flow
 from lowrank_kit.compression.sections import Section
 from lowrank_kit.compression.statistics import adder, reading
 from lowrank_kit.compression.streams import Stream
+from lowrank_kit.compression.team import sum_grams
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
 from lowrank_kit.matrices import Matrix
+from lowrank_kit.processes import summed
 
 # Sequences at a time where logits are made: those of a large vocabulary take more than anything else.
 HEAD_BATCH = 1
@@ -68,9 +71,15 @@ def grams_while(
     }
     with reading(owner, hooks):
         run()
+    sum_grams(grams, counts, {key: matrix.shape[1] for key, matrix in wanted.items()}, device_of(owner))
     for keys in stacks_of(wanted):
         fill_up(grams, counts, keys, wanted[keys[0]], filled=filled)
     return collected(grams, {key: matrix.name for key, matrix in wanted.items()})
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weights of a module are that are there."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def collected(grams: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, Tensor]:
@@ -126,12 +135,12 @@ def loss_after(chain: Chain, ids_NT: Tensor, stream: Stream) -> float:
             logits_TV = chain.leave(ids_NT[rows], batch)[:, :-1].flatten(0, 1).float()
         labels_T = ids_NT[rows, 1:].flatten().to(logits_TV.device, torch.int64)
         total += nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum").double().cpu()
-    if not total.isfinite():
+    if not summed(total).isfinite():
         raise LowRankError(
             f"the loss of {chain.model.name_or_path or type(chain.model).__name__} on the check text is {total.item()}",
             hint="look for NaN or Inf in the weights, or try --dtype float32",
         )
-    return total.item() / (ids_NT.numel() - len(ids_NT))
+    return total.item() / team.total(ids_NT.numel() - len(ids_NT))
 
 
 def in_order(chain: Chain, section: Section, block: nn.Module, stream: Stream) -> list[list[Unit]]:
@@ -178,6 +187,8 @@ def changed_grams(
         cross += x_NI.mT @ y_NI
     assert gram is not None
     assert cross is not None
+    summed(gram)
+    summed(cross)
     if not (gram.diagonal().isfinite().all() and cross.isfinite().all()):
         raise LowRankError(
             f"NaN or Inf in the input of {reader} of the compressed model",

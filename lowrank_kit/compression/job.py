@@ -25,6 +25,7 @@ from lowrank_kit.compression.survey import Survey, SurveyFiles
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.compression.whole import refine_whole
 from lowrank_kit.compression.work import Kept, WorkFolder
+from lowrank_kit.processes import check_same, is_first
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,10 @@ class Job:
         self.checkpoint, self.settings, self.needed, self.work = checkpoint, settings, needed, work
         self.device, self.dtype = device, dtype if settings.refine == "none" else torch.float32
         self.objective = OBJECTIVES[settings.objective]
-        self.progress = Progress(work.log, device)
+        self.progress = Progress(work.log if is_first() else None, device, quiet=not is_first())
         self.survey: SurveyFiles | None = None
         self.texts, self.calibration = self._texts(calibration)
+        check_same({} if self.texts is None else {f"{n} text": b.sha256 for n, b in self.texts.sets.items()})
         # Its own clock: what another compression took is not to be in this one's report.
         self.seconds = dict(self.calibration.seconds) if self.calibration is not None else {}
 

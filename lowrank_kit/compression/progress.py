@@ -27,10 +27,11 @@ class Progress:
     Args:
         path: JSON lines are added to this file; None writes none.
         device: whose memory is told.
+        quiet: nothing on stderr.
     """
 
-    def __init__(self, path: Path | None = None, device: torch.device | None = None) -> None:
-        self.path, self.device = path, device
+    def __init__(self, path: Path | None = None, device: torch.device | None = None, *, quiet: bool = False) -> None:
+        self.path, self.device, self.quiet = path, device, quiet
         self._bar: tqdm[Any] | None = None
         self._stage, self._total, self._done, self._since, self._before = "", 0, 0, 0.0, 0
 
@@ -45,7 +46,9 @@ class Progress:
         """
         self._stage, self._total, self._done, self._before = name, total, done, done
         self._since = time.perf_counter()
-        with tqdm(total=total, initial=done, desc=name, unit="block", disable=None) as self._bar:
+        with tqdm(
+            total=total, initial=done, desc=name, unit="block", disable=True if self.quiet else None
+        ) as self._bar:
             yield
         self._bar = None
 
@@ -68,7 +71,8 @@ class Progress:
             self._bar.update()
         errors = [row["error"] for row in rows if row.get("error") is not None]
         worst = f", error up to {max(errors):.3g}" if errors else ""
-        logger.info(
+        logger.log(
+            logging.DEBUG if self.quiet else logging.INFO,
             "%s %d/%d: %s%s, %s, %s left",
             *(self._stage, self._done, self._total, path, worst, _gigabytes(peak), duration(left)),
         )

@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from lowrank_kit.checkpoint.loading import in_evaluation
 from lowrank_kit.compression.chain import Chain
 from lowrank_kit.compression.streams import Stream
+from lowrank_kit.compression.team import own_of, share_of, total
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers import LOW_RANK_LAYERS
+from lowrank_kit.processes import are_connected, num_processes, process_index, summed
 
 # Share of the steps in which the learning rate rises, and what is left of it at the end: as AA-SVD (arXiv 2604.02119).
 WARM_UP, LAST_RATE = 0.1, 0.1
@@ -55,6 +57,7 @@ def refine_block(
     text: tuple[Stream, Stream],
     check: tuple[Stream, Stream],
     *,
+    batch_size: int,
     epochs: int,
     rate: float,
     seed: int,
@@ -70,6 +73,7 @@ def refine_block(
         block: with low-rank layers; changed in place.
         text: Y and L(X): inputs from the compressed blocks before, outputs of the dense block.
         check: the same of the check text, by which the best state is chosen: never worse than before.
+        batch_size: sequences of a step, of all processes.
         epochs: passes over the text.
         rate: learning rate as a share of the root mean square of the tensor that is trained.
         seed: of the order of the sequences.
@@ -84,24 +88,29 @@ def refine_block(
     scale = targets.mean_square(chain.batch_size) or 1.0
     check_scale = check_targets.mean_square(chain.batch_size)
 
-    def loss(chosen: Tensor) -> Tensor:
-        target = targets.rows(chosen).to(chain.device)
-        return (chain.run(index, block, inputs.rows(chosen)) - target).float().square().mean() / scale
+    tokens, hidden = inputs.shape[1:]
+
+    def loss(chosen: Tensor) -> Tensor | None:
+        if not len(mine := own_of(chosen)):
+            return None
+        target = targets.rows(mine).to(chain.device)
+        squares = (chain.run(index, block, inputs.rows(mine)) - target).float().square().sum()
+        return squares / (len(chosen) * tokens * hidden) / scale
 
     def error() -> float:
-        total = 0.0
+        squares = 0.0
         with torch.no_grad():
             for rows, batch in check_inputs.batches(chain.batch_size):
                 off = chain.run(index, block, batch).cpu() - check_targets.rows(rows)
-                total += off.double().square().sum().item()
-        return total / math.prod(check_targets.shape) / check_scale
+                squares += off.double().square().sum().item()
+        return total(squares) / total(math.prod(check_targets.shape)) / check_scale
 
     return _train(
         block,
         loss,
         error,
-        _orders(len(inputs), chain.batch_size, epochs, seed),
-        block_tokens=inputs.shape[1],
+        _orders(round(total(len(inputs))), batch_size, epochs, seed),
+        block_tokens=tokens,
         rate=rate,
         stored=stored,
         desc=f"refine block {index}",
@@ -138,21 +147,26 @@ def refine_end_to_end(
     device = model.device
 
     def divergence(batch: Tensor) -> Tensor:
+        """Summed over the tokens."""
         batch = batch.to(device, torch.int64)
         with torch.no_grad():
             log_p = dense(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
         log_q = model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
-        return nn.functional.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), log_target=True, reduction="batchmean")
+        return nn.functional.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), log_target=True, reduction="sum")
 
     def error() -> float:
         with torch.no_grad():
-            parts = [(divergence(part).item(), len(part)) for part in check_ids.split(batch_size)]
-        return sum(value * count for value, count in parts) / len(check_ids)
+            nats = sum(divergence(part).item() for part in share_of(check_ids).split(batch_size))
+        return total(nats) / check_ids.numel()
+
+    def loss(chosen: Tensor) -> Tensor | None:
+        mine = chosen[process_index() :: num_processes()]
+        return divergence(ids[mine]) / ids[chosen].numel() if len(mine) else None
 
     with in_evaluation(dense):
         return _train(
             model,
-            lambda chosen: divergence(ids[chosen]),
+            loss,
             error,
             _orders(len(ids), batch_size, epochs, seed),
             block_tokens=ids.shape[1],
@@ -170,7 +184,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _train(
     module: nn.Module,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor | None],
     error: Callable[[], float],
     orders: list[Tensor],
     *,
@@ -195,9 +209,8 @@ def _train(
         for done, chosen in enumerate(tqdm(orders, desc=desc, disable=None, leave=False), start=1):
             _set_rate(optimizer, scale * share(done - 1))
             optimizer.zero_grad()
-            value = loss(chosen)
-            value.backward()
-            _refuse_non_finite(value.item(), desc, f"text, at step {done}")
+            value = _step(loss(chosen), parameters)
+            _refuse_non_finite(value, desc, f"text, at step {done}")
             nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
             optimizer.step()
             if done % every and done != len(orders):
@@ -210,6 +223,16 @@ def _train(
     best.restore()
     tokens = block_tokens * sum(len(chosen) for chosen in orders[:done])
     return Refined(before, best.error, done, tokens, round(time.perf_counter() - started, 3))
+
+
+def _step(loss: Tensor | None, parameters: dict[str, nn.Parameter]) -> float:
+    """Gradients of the parts of a loss that the processes have, and the loss; None is no part of it."""
+    if loss is not None:
+        loss.backward()
+    if are_connected():
+        for parameter in parameters.values():
+            parameter.grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return total(0.0 if loss is None else loss.item())
 
 
 class _Best:

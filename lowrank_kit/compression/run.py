@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lowrank_kit.compression.texts import Texts
 from lowrank_kit.compression.work import Kept, WorkFolder
 from lowrank_kit.config import to_dict
 from lowrank_kit.device import resolve_device, resolve_dtype
+from lowrank_kit.processes import connect, num_processes, on_first, process_index
 from lowrank_kit.report.environment import PACKAGES, environment
 from lowrank_kit.report.tables import duration
 
@@ -80,45 +82,49 @@ def compress(
         LowRankError: a broken shard, NaN or Inf in a matrix, an activation or a loss.
     """
     checkpoint, work = targeted(Checkpoint.open(model), settings), WorkFolder(Path(output))
-    where = resolve_device(device)
+    where, number = connect(resolve_device(device)), resolve_dtype(dtype)
     with work.open(resume=resume):
-        if work.is_whole():
-            return work.finish()
-        choice = _choice(checkpoint, settings, where, work)
+        if on_first(work.is_whole):
+            return on_first(work.finish)
+        choice = on_first(lambda: _choice(checkpoint, settings, where, work))
         needed = evidence_needed(checkpoint, choice.settings)
-        planned = make_plan(checkpoint, replace(choice.settings, allocation="uniform"))
-        needs = planned_needs(planned, choice.settings, dtype=resolve_dtype(dtype), spill=spill is not None)
         if not resume:  # what is finished has its disk
-            check_disk(needs, Path(output), None if spill is None else Path(spill))
-        hashes = checkpoint.verify()
-        job = Job(
-            checkpoint, choice.settings, needed, work, calibration=calibration, device=where, dtype=resolve_dtype(dtype)
-        )
-        fingerprint = _fingerprint(hashes | _config_hash(checkpoint), settings, job.texts, str(where), dtype)
-        work.begin(fingerprint, choice.kept())
+            _check_disk(checkpoint, choice.settings, number, Path(output), spill)
+        hashes = on_first(checkpoint.verify)
+        job = Job(checkpoint, choice.settings, needed, work, calibration=calibration, device=where, dtype=number)
+        fingerprint = _fingerprint(checkpoint, hashes, settings, job.texts, device=str(where), dtype=dtype)
+        on_first(lambda: work.begin(fingerprint, choice.kept()))
         _tell(choice)
-        with _spilled(spill, work) as folder:
+        with _spilled(spill, work.output.name, fingerprint) as folder:
             plan, evidence = job.plan(folder)
             expected = forecast(plan.matrices, evidence, choice.settings.refine or "none")
             if expected is not None:
                 logger.info("forecast: +%.3g nats per token, within a factor of %g (%s)", *expected.values())
             kept = job.fold(plan, folder)
-        plan = kept.as_made(plan)
-        _write(plan, kept, work.result)
-        report = make_report(plan, str(model), job.texts, kept, job.seconds, device=device, dtype=dtype)
-        report |= {"choice": choice.record(), "forecast": expected}
-        write_documents(work.result, plan, report)
-        if (check := report["check"]) is not None:
-            if job.calibration is not None:
-                check["loss_dense"] = job.calibration.check_loss
-            if "loss_compressed" not in check or choice.settings.refine in ("e2e", "both"):
-                assert job.texts is not None
-                check["loss_compressed"] = _check_loss(work.result, job.texts, choice.settings, device, dtype)
-            write_documents(work.result, plan, report)
-        if work.log.exists():
-            shutil.copyfile(work.log, work.result / LOG_FILE)
-        work.finish()
-    return report
+
+        def finish() -> dict[str, Any]:
+            made = kept.as_made(plan)
+            _write(made, kept, work.result)
+            report = make_report(made, str(model), job.texts, kept, job.seconds, device=device, dtype=dtype)
+            report |= {"choice": choice.record(), "forecast": expected}
+            write_documents(work.result, made, report)
+            if report["check"] is not None:
+                report["check"] |= _losses(report["check"], job, work.result, where, number)
+                write_documents(work.result, made, report)
+            if work.log.exists():
+                shutil.copyfile(work.log, work.result / LOG_FILE)
+            work.finish()
+            return report
+
+        return on_first(finish)
+
+
+def _check_disk(
+    checkpoint: Checkpoint, settings: CompressSettings, dtype: torch.dtype | str, output: Path, spill: str | Path | None
+) -> None:
+    plan = make_plan(checkpoint, replace(settings, allocation="uniform"))
+    needs = planned_needs(plan, settings, dtype=dtype, spill=spill is not None)
+    check_disk(needs, output, None if spill is None else Path(spill))
 
 
 def _choice(checkpoint: Checkpoint, settings: CompressSettings, device: torch.device, work: WorkFolder) -> Choice:
@@ -136,33 +142,39 @@ def _tell(choice: Choice) -> None:
 
 
 def _fingerprint(
-    files: Mapping[str, str], settings: CompressSettings, texts: Texts | None, device: str, dtype: str
+    checkpoint: Checkpoint,
+    hashes: Mapping[str, str],
+    settings: CompressSettings,
+    texts: Texts | None,
+    **run: str,
 ) -> dict[str, Any]:
     """All that decides the bytes of the output."""
     found, versions = environment(), (*PACKAGES, "commit", "python")
+    config = hashlib.sha256((checkpoint.path / CONFIG_FILE).read_bytes()).hexdigest()
     return {
-        "files": dict(files),
+        "files": {CONFIG_FILE: config, **hashes},
         "settings": to_dict(settings),
         "texts": {} if texts is None else {name: blocks.sha256 for name, blocks in texts.sets.items()},
-        "run": {"device": device, "dtype": dtype},
+        # The order of sums over the text goes by the processes, and shows in the last digits.
+        "run": {**run, "processes": num_processes()},
         "versions": {name: found[name] for name in versions},
     }
 
 
-def _config_hash(checkpoint: Checkpoint) -> dict[str, str]:
-    return {CONFIG_FILE: hashlib.sha256((checkpoint.path / CONFIG_FILE).read_bytes()).hexdigest()}
-
-
 @contextmanager
-def _spilled(spill: str | Path | None, work: WorkFolder) -> Iterator[Path | None]:
-    """A folder of this compression's own, removed once it has gone well."""
+def _spilled(spill: str | Path | None, name: str, fingerprint: Mapping[str, Any]) -> Iterator[Path | None]:
+    """A folder of this compression's and this process's own, removed once it has gone well."""
     if spill is None:
         yield None
         return
-    folder = Path(spill) / f"{work.output.name}-{work.digest}"
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    shared = Path(spill) / f"{name}-{digest}"
+    folder = shared / f"process-{process_index()}"
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder)
+    with suppress(OSError):  # of another process something is still there
+        shared.rmdir()
 
 
 def _write(plan: Plan, kept: Kept, folder: Path) -> None:
@@ -192,8 +204,13 @@ def _filler(plan: Plan, kept: Kept) -> Callable[[Shard], Iterator[tuple[str, Ten
     return fill
 
 
-def _check_loss(folder: Path, texts: Texts, settings: CompressSettings, device: str, dtype: str) -> float:
-    """Loss on the check text of what was written, loaded as anybody would."""
-    model = load_model(Checkpoint.open(folder), device=resolve_device(device), dtype=resolve_dtype(dtype))
-    with torch.inference_mode():
-        return mean_loss(model, texts.check, batch_size=settings.batch_size)
+def _losses(
+    known: Mapping[str, float], job: Job, folder: Path, device: torch.device, dtype: torch.dtype | str
+) -> dict[str, float]:
+    """Losses on the check text that folding has not told, or that are of what refinement has changed since."""
+    found = {} if job.calibration is None else {"loss_dense": job.calibration.check_loss}
+    if "loss_compressed" not in known or job.settings.refine in ("e2e", "both"):
+        assert job.texts is not None
+        model = load_model(Checkpoint.open(folder), device=device, dtype=dtype)
+        found["loss_compressed"] = mean_loss(model, job.texts.check, batch_size=job.settings.batch_size)
+    return found

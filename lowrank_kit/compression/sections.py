@@ -32,6 +32,14 @@ class Section:
         return [matrix for unit in self.stored.values() for matrix in unit.matrices]
 
     @property
+    def costs(self) -> dict[str, int]:
+        """Name -> work of a decomposition, about."""
+        return {
+            name: unit.count * min(unit.matrix.shape) * unit.matrix.shape[0] * unit.matrix.shape[1]
+            for name, unit in self.stored.items()
+        }
+
+    @property
     def prefix(self) -> str:
         """What names of matrices begin with before their path in the block."""
         return "" if self.path in (BEFORE, AFTER) else f"{self.path}."

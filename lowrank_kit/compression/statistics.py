@@ -25,6 +25,8 @@ from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
 from lowrank_kit.matrices import Matrix
 
+# Between the seeds of two sequences.
+_SEEDS = 1_000_003
 _MORE_TEXT = "more text: --calibration-blocks; or --objective plain, which needs none"
 
 
@@ -113,10 +115,9 @@ def output_grams(
     names = list(wanted)
     grams: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(seed)
     with _gradients_of(model, {name: adder(grams, name, f"the gradient of {name}", counts) for name in names}):
-        for ids in _batches(model, blocks, batch_size, "curvature"):
-            sampled_loss(model, model(input_ids=ids, use_cache=False).logits, generator).backward()
+        for first, ids in enumerate(_batches(model, blocks, batch_size, "curvature")):
+            sampled_loss(model, model(input_ids=ids, use_cache=False).logits, seed, first * batch_size).backward()
     for keys in stacks_of(wanted):
         fill_up(grams, counts, keys, wanted[keys[0]], outputs_of=blocks.num_tokens)
     missing = [name for name in names if name not in grams]
@@ -127,20 +128,32 @@ def output_grams(
     return _whole(grams)
 
 
-def sampled_loss(model: PreTrainedModel, logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_loss(model: PreTrainedModel, logits_BTV: Tensor, seed: int, first: int) -> Tensor:
     """Cross-entropy, summed, of tokens drawn from a model's own predictions.
+
+    What is drawn for a sequence goes by its number, not by the batch or the process that it is in.
+
+    Args:
+        model: for the error.
+        logits_BTV: of B sequences.
+        seed: of the drawn tokens.
+        first: number of the first sequence.
 
     Raises:
         LowRankError: NaN or Inf in the logits.
     """
-    log_p_NV = logits_BTV.flatten(0, 1).float().log_softmax(-1)
-    if log_p_NV.isnan().any():
+    log_p_BTV = logits_BTV.float().log_softmax(-1)
+    if log_p_BTV.isnan().any():
         raise LowRankError(
             f"NaN or Inf in the logits of {model.name_or_path or type(model).__name__}",
             hint="look for NaN or Inf in the weights of its head, or try --dtype float32",
         )
-    drawn_N = torch.multinomial(log_p_NV.detach().exp().cpu(), 1, generator=generator).to(log_p_NV.device)
-    return log_p_NV.gather(1, drawn_N).sum().neg()
+    generator = torch.Generator()
+    drawn = []
+    for index, log_p_TV in enumerate(log_p_BTV.detach(), start=first):
+        generator.manual_seed(seed + _SEEDS * index)
+        drawn.append(torch.multinomial(log_p_TV.exp().cpu(), 1, generator=generator))
+    return log_p_BTV.gather(2, torch.stack(drawn).to(log_p_BTV.device)).sum().neg()
 
 
 def mean_loss(model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int = 8) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_kit.compression.team import total
 from lowrank_kit.report.files import write_text
 
 
@@ -62,9 +63,9 @@ class Stream(ABC):
         """Give up what the states were at earlier places."""
 
     def mean_square(self, size: int) -> float:
-        """Mean of the squares of all numbers, in float64."""
-        total = sum(batch.double().square().sum().item() for _, batch in self.batches(size))
-        return total / math.prod(self.shape)
+        """Mean of the squares of all numbers, on all processes, in float64."""
+        squares = sum(batch.double().square().sum().item() for _, batch in self.batches(size))
+        return total(squares) / total(math.prod(self.shape))
 
 
 class Held(Stream):

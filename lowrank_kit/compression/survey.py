@@ -28,7 +28,9 @@ from lowrank_kit.compression.sections import AFTER, BEFORE, Section
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.statistics import adder, reading_gradients, sampled_loss, statistics_of
 from lowrank_kit.compression.streams import Held, Stream, new_stream
+from lowrank_kit.compression.team import place_of, share_of, spread, sum_grams
 from lowrank_kit.linalg.factor import Factors, tail_scores
+from lowrank_kit.processes import on_first
 
 # Leaves of the names in a section's file.
 EVIDENCE, GRADIENTS, FACTORS = "evidence", "output_gram", ("B", "A", "singular_values")
@@ -92,7 +94,7 @@ class Survey:
         needed: of `evidence_needed`: "inputs", "loss", or another where only the objective asks for curvature.
         chain: its blocks.
         sections: of the model.
-        ids: int [N, T], calibration text.
+        ids: int [N, T], calibration text, of which this process takes its share.
         folder: where what is found is kept.
         spill: folder for activations; None keeps them in memory.
         progress: is told of each matrix and section.
@@ -112,7 +114,8 @@ class Survey:
         progress: Progress | None = None,
     ) -> None:
         self.checkpoint, self.settings, self.needed, self.chain = checkpoint, settings, needed, chain
-        self.sections, self.ids, self.spill, self.progress = sections, ids, spill, progress or Progress()
+        self.sections, self.spill, self.progress = sections, spill, progress or Progress()
+        self.ids, self.tokens = share_of(ids), ids.numel()
         self.files = SurveyFiles(folder, sections, needed)
         self.objective = dense_objective(settings.objective)
         self.sequential = OBJECTIVES[settings.objective].sequential
@@ -191,13 +194,11 @@ class Survey:
         self._gradients_of_entry(before, gradients)
 
     def _gradients_of_head(self, section: Section, stream: Stream) -> Stream:
-        generator = torch.Generator().manual_seed(self.settings.seed)
-
         def back() -> Iterator[Tensor]:
             for rows, batch in stream.batches(HEAD_BATCH):
                 hidden = batch.to(self.chain.device).requires_grad_(True)
                 logits = self.chain.leave(self.ids[rows], hidden)
-                sampled_loss(self.chain.model, logits, generator).backward()
+                sampled_loss(self.chain.model, logits, self.settings.seed, place_of(rows.start)).backward()
                 assert hidden.grad is not None
                 yield hidden.grad.cpu()
 
@@ -250,8 +251,9 @@ class Survey:
         with reading_gradients(owner, hooks):
             grams = grams_while(lambda: given.append(run()), owner, section.matrices, section.prefix)
         wanted = {matrix.name: matrix for matrix in section.matrices}
+        sum_grams(outputs, counts, {name: matrix.shape[0] for name, matrix in wanted.items()}, self.chain.device)
         for keys in stacks_of(wanted):
-            fill_up(outputs, counts, keys, wanted[keys[0]], outputs_of=self.ids.numel())
+            fill_up(outputs, counts, keys, wanted[keys[0]], outputs_of=self.tokens)
         self._keep(section, grams, collected(outputs, {name: name for name in wanted}))
         given[0].settle()
         return given[0]
@@ -261,14 +263,15 @@ class Survey:
     def _keep(self, section: Section, grams: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         if self.files.has(section):
             return
-        found: dict[str, Tensor] = {}
-        for name, stored in section.stored.items():
+
+        def of(name: str) -> dict[str, Tensor]:
             self.progress.matrix(name)
-            ((_, W),) = finite_weights(self.checkpoint, [stored])
-            known = statistics_of(stored, self.ids.numel(), grams, outputs)
-            for leaf, value in self._of_matrix(W, known, section).items():
-                found[f"{name}|{leaf}"] = value
-        write_tensors(self.files.paths[section.path], found)
+            ((_, W),) = finite_weights(self.checkpoint, [section.stored[name]])
+            known = statistics_of(section.stored[name], self.tokens, grams, outputs)
+            return {f"{name}|{leaf}": value for leaf, value in self._of_matrix(W, known, section).items()}
+
+        found = {key: value for _, of_one in spread(section.costs, of) for key, value in of_one.items()}
+        on_first(lambda: write_tensors(self.files.paths[section.path], found))
         self.progress.section(section.path)
 
     def _of_matrix(self, W: Tensor, known: Statistics, section: Section) -> dict[str, Tensor]:

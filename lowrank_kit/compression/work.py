@@ -5,11 +5,10 @@ It lies beside the output under the output's name with `.partial`, and is gone o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from lowrank_kit.compression.refine import Refined
 from lowrank_kit.compression.sections import Section
 from lowrank_kit.config import settings_difference
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.report.files import finite, write_json, write_text
+from lowrank_kit.processes import on_first
+from lowrank_kit.report.files import finite, told_if_not_made, write_json, write_text
 
 MANIFEST, LOCK, LOG, WHOLE = "manifest.json", "lock", "progress.jsonl", "whole"
 # What a name in a section's file is of: a matrix, or a parameter that refinement trained.
@@ -45,8 +45,6 @@ class WorkFolder:
         self.output = output.absolute()
         self.path = self.output.with_name(f"{self.output.name}.partial")
         self.survey, self.sections, self.result = (self.path / name for name in ("survey", "sections", "result"))
-
-        self.digest = ""
 
     @property
     def log(self) -> Path:
@@ -69,19 +67,25 @@ class WorkFolder:
 
     @contextmanager
     def open(self, *, resume: bool) -> Iterator[None]:
-        """Inside, this process alone works here; what is done stays after an error, and a folder with nothing goes.
+        """Inside, this compression alone works here; what is done stays after an error, and a folder with nothing goes.
 
         Args:
             resume: whether to go on with what an earlier run has left.
 
         Raises:
-            UsageError: the output is taken, another process works here, or an earlier run has left something and is
-                not to be resumed.
+            UsageError: the output is taken or cannot be made, another compression works here, or an earlier run has
+                left something and is not to be resumed.
         """
-        if not self.is_whole():
-            _refuse_taken(self.output)
-        absent = [parent for parent in self.path.parents if not parent.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            on_first(lambda: self._enter(stack, resume))
+            yield
+
+    def _enter(self, stack: ExitStack, resume: bool) -> None:
+        with told_if_not_made(self.output):
+            if not self.is_whole():
+                _refuse_taken(self.output)
+            absent = [parent for parent in self.path.parents if not parent.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -90,23 +94,24 @@ class WorkFolder:
                 f"{self.output}: another process is at work on this output (it holds {self.path / LOCK})",
                 hint="wait for it, or choose another output folder",
             ) from None
-        try:
-            if not resume and self._anything():
-                raise UsageError(
-                    f"{self.path}: an earlier compression has left {self._told()}",
-                    hint=f"--resume goes on with it; to begin anew, remove {self.path}",
-                )
-            if not self._anything():
-                (self.path / MANIFEST).unlink(missing_ok=True)
-                self.log.unlink(missing_ok=True)
-            yield
-        finally:
-            if not self._anything():
-                shutil.rmtree(self.path, ignore_errors=True)
-                for parent in absent:
-                    if parent.exists() and not any(parent.iterdir()):
-                        parent.rmdir()
-            lock.release()
+        stack.callback(lock.release)
+        stack.callback(self._leave, absent)
+        if not resume and self._anything():
+            raise UsageError(
+                f"{self.path}: an earlier compression has left {self._told()}",
+                hint=f"--resume goes on with it; to begin anew, remove {self.path}",
+            )
+        if not self._anything():
+            (self.path / MANIFEST).unlink(missing_ok=True)
+            self.log.unlink(missing_ok=True)
+
+    def _leave(self, absent: list[Path]) -> None:
+        if self._anything():
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        for parent in absent:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
 
     def begin(self, fingerprint: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
         """Say what is done here, or make sure that it is what was begun.
@@ -118,9 +123,7 @@ class WorkFolder:
         Raises:
             UsageError: something else was begun here; told is what differs.
         """
-        text = json.dumps(finite(dict(fingerprint)), sort_keys=True)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        wanted = json.loads(text)
+        wanted = json.loads(json.dumps(finite(dict(fingerprint))))
         found = self.manifest()
         if found is None:
             write_json(self.path / MANIFEST, {"fingerprint": wanted, "choice": choice})
@@ -206,7 +209,7 @@ class Kept:
             "errors": made.errors,
             "losses": made.losses,
         }
-        write_tensors(self._file(section), tensors, {"told": json.dumps(told)})
+        on_first(lambda: write_tensors(self._file(section), tensors, {"told": json.dumps(told)}))
 
     def get(self, section: Section) -> Folded:
         """What became of a section."""

@@ -43,7 +43,7 @@ def new_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _told_if_not_made(path):
+    with told_if_not_made(path):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file, a folder is wanted", hint="choose another output folder")
         if path.is_dir() and (count := sum(1 for _ in path.iterdir())):
@@ -66,7 +66,8 @@ def new_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def _told_if_not_made(path: Path) -> Iterator[None]:
+def told_if_not_made(path: Path) -> Iterator[None]:
+    """Inside, where a folder cannot be made is told in one error."""
     try:
         yield
     except OSError as error:  # a parent that is a file, a folder or a disk that may not be written to

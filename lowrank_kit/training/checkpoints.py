@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lowrank_kit.errors import LowRankError
+from lowrank_kit.processes import are_connected, is_first, num_processes, on_first
 from lowrank_kit.report.files import json_text, sync_folder
-from lowrank_kit.training.processes import are_connected, is_first, num_processes, on_first
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from lowrank_kit.errors import NonFiniteError
+from lowrank_kit.processes import are_connected
 from lowrank_kit.training.checkpoints import step_of, whole_checkpoints
-from lowrank_kit.training.processes import are_connected
 
 
 class GuardedTrainer(Trainer):

@@ -1,76 +1,23 @@
-"""The processes of a run: how many there are, what only the first of them does, and which launches are refused."""
+"""Launches of a training: what falls to each process, and which are refused."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lowrank_kit.errors import LowRankError, UsageError
-
-T = TypeVar("T")
+from lowrank_kit.errors import UsageError
+from lowrank_kit.processes import are_connected, num_processes
 
 _THEIRS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 _HOW = "torchrun --nproc-per-node 2 --no-python lowrank train ..."
 
 
-def num_processes() -> int:
-    """Processes of this run, as torchrun and accelerate launch tell them; 1 where neither did."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def process_index() -> int:
-    """Which of them this one is; 0 is the one that writes and prints."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
-    return process_index() == 0
-
-
-def are_connected() -> bool:
-    """Whether there is a process group of several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def replicas() -> dist.ProcessGroup | None:
     """The processes that share the work of the matrix rules where each holds the model whole; None where one does."""
     return dist.group.WORLD if are_connected() else None
-
-
-def disconnect() -> None:
-    """Leave the process group, at the end of the last run of a process; without that torch warns."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def on_first(work: Callable[[], T]) -> T:
-    """Do something on the first process only; the others wait for it, and get its result or its error."""
-    if not are_connected():
-        return work()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def gathered(value: T) -> list[T]:
-    """The value of every process, in their order, on every process."""
-    if not are_connected():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @contextmanager
@@ -83,25 +30,6 @@ def unchanged_environment() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith(_THEIRS) and name not in before]:
             del os.environ[name]
         os.environ.update(before)
-
-
-def check_same(what: Mapping[str, str]) -> None:
-    """Refuse to go on where processes have read different things.
-
-    Args:
-        what: label -> something short, as a hash, of this process.
-
-    Raises:
-        LowRankError: on every process, if they differ.
-    """
-    everyone = gathered(dict(what))
-    for label, own in everyone[0].items():
-        for index, other in enumerate(everyone):
-            if other[label] != own:
-                raise LowRankError(
-                    f"process {index} has another {label} than process 0: {other[label][:12]} instead of {own[:12]}",
-                    hint="give all machines the same files and package versions",
-                )
 
 
 def batch_per_process(batch_size: int) -> int:

@@ -18,6 +18,7 @@ from lowrank_kit.device import resolve_device
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.optim import NuMuonFactory
+from lowrank_kit.processes import check_same, is_first, num_processes, on_first
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 from lowrank_kit.training.checkpoints import newest_whole
@@ -25,16 +26,7 @@ from lowrank_kit.training.data import RunData, load_data
 from lowrank_kit.training.estimate import Estimate, check_memory, estimate_run
 from lowrank_kit.training.guard import last_good_checkpoint_named
 from lowrank_kit.training.model import build_model, outline_model
-from lowrank_kit.training.processes import (
-    batch_per_process,
-    check_launch,
-    check_same,
-    is_first,
-    launched_with_fsdp,
-    num_processes,
-    on_first,
-    unchanged_environment,
-)
+from lowrank_kit.training.processes import batch_per_process, check_launch, launched_with_fsdp, unchanged_environment
 from lowrank_kit.training.settings import PLACEMENT, TrainSettings
 from lowrank_kit.training.sharding import check_can_shard
 from lowrank_kit.training.tracking import run_trackers

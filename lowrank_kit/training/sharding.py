@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from lowrank_kit.errors import UsageError
-from lowrank_kit.training.processes import num_processes
+from lowrank_kit.processes import num_processes
 
 
 def sharding_arguments(model: nn.Module, *, fsdp: bool, replicas: int) -> dict[str, Any]:

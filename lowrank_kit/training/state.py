@@ -20,8 +20,8 @@ from transformers import set_seed
 
 from lowrank_kit.errors import UsageError
 from lowrank_kit.optim.groups import FUNCTION
+from lowrank_kit.processes import gathered, num_processes, process_index
 from lowrank_kit.training.checkpoints import load_tensors, read_document, read_manifest, save_checkpoint, saved_shapes
-from lowrank_kit.training.processes import gathered, num_processes, process_index
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from lowrank_kit.processes import are_connected
 from lowrank_kit.training.guard import GuardedTrainer
 from lowrank_kit.training.lora import save_adapters
-from lowrank_kit.training.processes import are_connected
 from lowrank_kit.training.state import load_random_state, load_state, model_tensors, save_state
 
 

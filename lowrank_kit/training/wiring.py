@@ -12,11 +12,12 @@ from transformers.trainer_callback import PrinterCallback
 from lowrank_kit.config import to_dict
 from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.optim import NuMuonFactory, parse_overrides
+from lowrank_kit.processes import num_processes
 from lowrank_kit.training.answers import AnswerTrainer
 from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.data import RunData
 from lowrank_kit.training.effective_rank import EffectiveRanks
-from lowrank_kit.training.processes import batch_per_process, num_processes, replicas
+from lowrank_kit.training.processes import batch_per_process, replicas
 from lowrank_kit.training.settings import TrainSettings
 from lowrank_kit.training.sharding import sharding_arguments
 from lowrank_kit.training.tracking import RunArguments

@@ -86,7 +86,7 @@ def refine(model: PreTrainedModel, stage: str, *, rate: float = 0.003, seed: int
         inputs = [through(ids, model.model.layers[0]) for ids in (text, check)]
         targets = [through(ids, *dense.model.layers[:2]) for ids in (text, check)]
     pairs = list(zip(inputs, targets, strict=True))
-    return refine_block(chain, 1, model.get_submodule(BLOCK), *pairs, **given)
+    return refine_block(chain, 1, model.get_submodule(BLOCK), *pairs, batch_size=BATCH, **given)
 
 
 def changed_by(stage: str, model: nn.Module) -> set[str]:

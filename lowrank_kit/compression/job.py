@@ -19,7 +19,7 @@ from lowrank_kit.compression.fold import Fold, Folded
 from lowrank_kit.compression.objectives import OBJECTIVES
 from lowrank_kit.compression.plan import Plan, make_plan
 from lowrank_kit.compression.progress import Progress
-from lowrank_kit.compression.sections import Section, sections_of
+from lowrank_kit.compression.sections import BEFORE, Section, sections_of
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.survey import Survey, SurveyFiles
 from lowrank_kit.compression.texts import Texts
@@ -183,7 +183,8 @@ class Job:
             progress=self.progress,
             seconds=self.seconds,
         )
-        with self.progress.stage("fold", len(sections), sum(kept.has(section) for section in sections)):
+        wanted = [section for section in sections if section.stored or (chain is not None and section.path != BEFORE)]
+        with self.progress.stage("fold", len(wanted), sum(kept.has(section) for section in wanted)):
             for section, made in folding.run(kept):
                 kept.keep(section, made)
                 self.progress.section(section.path, rows_of(made))

@@ -33,6 +33,7 @@ class Progress:
     def __init__(self, path: Path | None = None, device: torch.device | None = None, *, quiet: bool = False) -> None:
         self.path, self.device, self.quiet = path, device, quiet
         self._bar: tqdm[Any] | None = None
+        self._worst = ""
         self._stage, self._total, self._done, self._since, self._before = "", 0, 0, 0.0, 0
 
     @contextmanager
@@ -53,9 +54,9 @@ class Progress:
         self._bar = None
 
     def matrix(self, name: str) -> None:
-        """This matrix is begun."""
+        """This matrix is begun; beside it stands what the last section came to."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{name}, {_gigabytes(peak_memory(self.device))}")
+            self._bar.set_postfix_str(f"{name}{self._worst}, {_gigabytes(peak_memory(self.device))}")
 
     def section(self, path: str, rows: Sequence[dict[str, Any]] = ()) -> None:
         """A section is done.
@@ -70,11 +71,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
         errors = [row["error"] for row in rows if row.get("error") is not None]
-        worst = f", error up to {max(errors):.3g}" if errors else ""
+        self._worst = f", error up to {max(errors):.3g}" if errors else ""
         logger.log(
             logging.DEBUG if self.quiet else logging.INFO,
             "%s %d/%d: %s%s, %s, %s left",
-            *(self._stage, self._done, self._total, path, worst, _gigabytes(peak), duration(left)),
+            *(self._stage, self._done, self._total, path, self._worst, _gigabytes(peak), duration(left)),
         )
         common = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),

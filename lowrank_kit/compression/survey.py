@@ -126,9 +126,10 @@ class Survey:
         Raises:
             LowRankError: NaN or Inf in a matrix, an activation, a logit or a gradient.
         """
-        done = sum(self.files.has(section) for section in self.sections)
-        if done < len(self.sections):
-            with self.progress.stage("survey", len(self.sections), done):
+        wanted = [section for section in self.sections if section.stored]
+        done = sum(self.files.has(section) for section in wanted)
+        if done < len(wanted):
+            with self.progress.stage("survey", len(wanted), done):
                 if self.settings.needs_curvature:
                     self._backward()
                 else:

@@ -6,10 +6,12 @@ It lies beside the output under the output's name with `.partial`, and is gone o
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from lowrank_kit.config import settings_difference
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.processes import on_first
 from lowrank_kit.report.files import finite, told_if_not_made, write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, LOCK, LOG, WHOLE = "manifest.json", "lock", "progress.jsonl", "whole"
 # What a name in a section's file is of: a matrix, or a parameter that refinement trained.
@@ -95,7 +99,7 @@ class WorkFolder:
                 hint="wait for it, or choose another output folder",
             ) from None
         stack.callback(lock.release)
-        stack.callback(self._leave, absent)
+        stack.push(partial(self._leave, absent))
         if not resume and self._anything():
             raise UsageError(
                 f"{self.path}: an earlier compression has left {self._told()}",
@@ -105,8 +109,11 @@ class WorkFolder:
             (self.path / MANIFEST).unlink(missing_ok=True)
             self.log.unlink(missing_ok=True)
 
-    def _leave(self, absent: list[Path]) -> None:
+    def _leave(self, absent: list[Path], kind: type[BaseException] | None, *_: object) -> None:
+        """After an error, say how to go on; where there is nothing to go on with, leave nothing."""
         if self._anything():
+            if kind is not None:
+                logger.warning("%s are kept in %s: the same with --resume goes on", self._told(), self.path)
             return
         shutil.rmtree(self.path, ignore_errors=True)
         for parent in absent:

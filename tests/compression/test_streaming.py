@@ -219,6 +219,16 @@ def stopped(tiny_llama_folder: Path, text_file: str, tmp_path: Path, monkeypatch
     return tmp_path / "out"
 
 
+def test_after_an_error_it_is_told_how_to_go_on(
+    tiny_llama_folder: Path, text_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(Killed):
+            compress(tiny_llama_folder, tmp_path / "out", settings_of("whiten", text_file), device="cpu")
+    assert f"1 finished parts are kept in {tmp_path / 'out.partial'}: the same with --resume goes on" in caplog.text
+
+
 def test_another_setting_is_refused_with_the_difference(stopped: Path, tiny_llama_folder: Path, text_file: str) -> None:
     before = sorted(stopped.parent.rglob("*"))
     for given, told in (({"keep": 0.4}, r"settings, keep: 0.5 -> 0.4"), ({"seed": 1}, "settings, seed: 0 -> 1")):

@@ -62,6 +62,10 @@ class Stream(ABC):
     def settle(self) -> None:
         """Give up what the states were at earlier places."""
 
+    @abstractmethod
+    def drop(self) -> None:
+        """Give up what the states are; the stream is not to be used any more."""
+
     def mean_square(self, size: int) -> float:
         """Mean of the squares of all numbers, on all processes, in float64."""
         squares = sum(batch.double().square().sum().item() for _, batch in self.batches(size))
@@ -96,6 +100,9 @@ class Held(Stream):
 
     def settle(self) -> None:
         """Nothing is left of them."""
+
+    def drop(self) -> None:
+        """Whoever holds the stream holds the states."""
 
 
 class Spilled(Stream):
@@ -153,6 +160,10 @@ class Spilled(Stream):
         for path in self.folder.glob(f"{self.name}-?????.bin"):
             if path != self.path:
                 path.unlink()
+
+    def drop(self) -> None:
+        """Remove the file."""
+        self.path.unlink()
 
     @classmethod
     def find(cls, folder: Path, name: str, place: int) -> Spilled | None:

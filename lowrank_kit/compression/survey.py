@@ -147,6 +147,7 @@ class Survey:
                 stream = self._through(section, stream)
             stream.settle()
         self._outside(after, lambda: self._leave(stream))
+        stream.drop()
 
     def _outside(self, section: Section, run: Callable[[], None]) -> None:
         grams: dict[str, Tensor] = {}
@@ -187,12 +188,16 @@ class Survey:
             with self.chain.inside(index):
                 stream = places[-1].copy(f"survey-{index}") if isinstance(places[-1], Held) else places[-1]
                 places.append(self.chain.run_all(index, self.chain.block(index), stream))
-        gradients = self._gradients_of_head(after, places.pop())
+        gradients = self._gradients_of_head(after, places[-1])
+        places.pop().drop()
         for section in reversed(blocks):
             index = section.index - 1
             with self.chain.inside(index):
-                gradients = self._gradients_of_block(section, places.pop(), gradients)
+                gradients = self._gradients_of_block(section, places[-1], gradients)
+            places.pop().drop()
+            gradients.settle()
         self._gradients_of_entry(before, gradients)
+        gradients.drop()
 
     def _gradients_of_head(self, section: Section, stream: Stream) -> Stream:
         def back() -> Iterator[Tensor]:
@@ -256,7 +261,6 @@ class Survey:
         for keys in stacks_of(wanted):
             fill_up(outputs, counts, keys, wanted[keys[0]], outputs_of=self.tokens)
         self._keep(section, grams, collected(outputs, {name: name for name in wanted}))
-        given[0].settle()
         return given[0]
 
     # What is kept
@@ -277,21 +281,21 @@ class Survey:
 
     def _of_matrix(self, W: Tensor, known: Statistics, section: Section) -> dict[str, Tensor]:
         """Evidence, and what the folding would have to find once more."""
-        options, objective = self.settings.options, OBJECTIVES[self.objective]
         found: dict[str, Tensor] = {}
         cut_in_turn = self.sequential and section.path not in (BEFORE, AFTER)
+        wanted = {self.objective} if self.needed == "loss" or not cut_in_turn else set()
+        wanted |= {"whiten"} if self.needed == "inputs" else set()
+        factors = {name: OBJECTIVES[name].factorize(W, known, self.settings.options) for name in wanted}
         if self.needed == "inputs":
-            found[EVIDENCE] = OBJECTIVES["whiten"].factorize(W, known, options).singular_values
-        if self.needed == "loss" or not cut_in_turn:
-            factors = objective.factorize(W, known, options)
-            if self.needed == "loss":
-                assert known.gram is not None
-                assert known.output_gram is not None
-                scores = tail_scores(factors, known.gram, known.output_gram) / (2 * known.tokens**2)
-                found[EVIDENCE] = scores.clamp(min=0)
-            if not cut_in_turn:
-                single = factors.float32()
-                found |= {leaf: getattr(single, leaf) for leaf in FACTORS}
+            found[EVIDENCE] = factors["whiten"].singular_values
+        elif self.needed == "loss":
+            assert known.gram is not None
+            assert known.output_gram is not None
+            scores = tail_scores(factors[self.objective], known.gram, known.output_gram) / (2 * known.tokens**2)
+            found[EVIDENCE] = scores.clamp(min=0)
+        if not cut_in_turn:
+            single = factors[self.objective].float32()
+            found |= {leaf: getattr(single, leaf) for leaf in FACTORS}
         if cut_in_turn and "output_gram" in OBJECTIVES[self.settings.objective].needs:
             assert known.output_gram is not None
             found[GRADIENTS] = known.output_gram.float()

@@ -80,6 +80,9 @@ def test_two_processes_make_what_one_makes(name: str, made: tuple[Path, list[str
         assert a["relative_error"] == (b["relative_error"] and pytest.approx(b["relative_error"], 1e-3))
     for key, loss in (one["check"] or {}).items():
         assert two["check"][key] == pytest.approx(loss, 1e-4)
+    for stage, refined in one["refined"].items():
+        assert two["refined"][stage]["before"] == pytest.approx(refined["before"], 1e-3)
+        assert two["refined"][stage]["after"] == pytest.approx(refined["after"], 2e-2)
     # Signs of directions are free, and training makes much of little: losses and errors have been compared.
     if name in ("plain", "whiten", "lagrange"):
         assert off(root / f"{name}-2", root / f"{name}-1") < 1e-4

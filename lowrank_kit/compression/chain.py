@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -73,7 +74,7 @@ class Chain:
         self.batch_size = min(batch_size, len(sample))
         self._after: set[str] | None = None
         self._sample = sample[: self.batch_size]
-        with self.outside():
+        with self.entering():
             self._answer, calls = self._find_answer()
             self._calls = {self.batch_size: calls}
             for path, call, other in zip(
@@ -82,11 +83,19 @@ class Chain:
                 if not call.same_as(other):
                     self._refuse(f"calls {path} with more of the text than the hidden states")
 
-    def outside(self) -> AbstractContextManager[None]:
-        """Inside, all weights outside of the blocks are there."""
+    def entering(self) -> AbstractContextManager[None]:
+        """Inside, what `enter` needs is there: all that is outside of the blocks, but the head."""
+        return self._outside(self.model.get_output_embeddings())
+
+    def leaving(self) -> AbstractContextManager[None]:
+        """Inside, what `leave` needs is there: all that is outside of the blocks, but embeddings that are no head."""
+        return self._outside(self.model.get_input_embeddings())
+
+    def _outside(self, without: nn.Module | None) -> AbstractContextManager[None]:
         if self.parts is None:
             return contextlib.nullcontext()
-        return self.parts.filled(self.parts.outside(self.paths))
+        not_needed = [name for name, module in self.model.named_modules() if module is without]
+        return self.parts.filled(self.parts.outside([*self.paths, *not_needed]))
 
     def inside(self, index: int) -> AbstractContextManager[None]:
         """Inside, the weights of a block are there."""
@@ -99,7 +108,7 @@ class Chain:
         return self.model.get_submodule(self.paths[index])
 
     def enter(self, ids: Tensor) -> Iterator[Tensor]:
-        """What the first block reads, [B, T, D] on the CPU, for int [N, T]; what is outside has to be there.
+        """What the first block reads, [B, T, D] on the CPU, for int [N, T]; inside of `entering`.
 
         As `run` and `leave`, it leaves autograd to the caller.
         """
@@ -120,9 +129,14 @@ class Chain:
             yield entered[0]
 
     def leave(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V] for what the last block gave; what is outside has to be there."""
-        hidden_BTD = hidden_BTD.to(self.model.device)
-        with self._standing_in(lambda path, args, kwargs: self._answer(hidden_BTD)), in_evaluation(self.model):
+        """Logits [B, T, V] for what the last block gave; inside of `leaving`."""
+        hidden_BTD = hidden_BTD.to(self.device)
+        embeddings: Any = self.model.get_input_embeddings()
+        nothing = hidden_BTD.new_zeros(*ids_BT.shape, embeddings.weight.shape[1])
+        with ExitStack() as stack:
+            stack.enter_context(self._standing_in(lambda path, args, kwargs: self._answer(hidden_BTD)))
+            stack.enter_context(_instead(embeddings, lambda *args, **kwargs: nothing))
+            stack.enter_context(in_evaluation(self.model))
             logits: Tensor = self.model(input_ids=self._ids(ids_BT), use_cache=False).logits
         return logits
 
@@ -166,7 +180,7 @@ class Chain:
     def know(self, size: int) -> None:
         """See what the blocks are called with for so many sequences, unless it is known."""
         if size not in self._calls:
-            with self.outside():
+            with self.entering():
                 self._calls[size] = self._see_calls(self._sample[:size], self._answer)
 
     def _find_answer(self) -> tuple[_Answer, list[_Call]]:
@@ -221,7 +235,8 @@ class Chain:
                 after.add(name)
 
         with ExitStack() as stack:
-            stack.enter_context(self.outside())
+            stack.enter_context(self.entering())
+            stack.enter_context(self.leaving())
             for name, module in self.model.named_modules():
                 stack.callback(module.register_forward_pre_hook(lambda *_, name=name: reached(name)).remove)
             stack.enter_context(self._standing_in(note))
@@ -235,9 +250,8 @@ class Chain:
         """Inside, no block runs: what it is called with goes to `answer`, and what that gives is its output."""
         with ExitStack() as stack:
             for path in self.paths:
-                block = self.model.get_submodule(path)
-                block.forward = lambda *args, path=path, **kwargs: answer(path, args, kwargs)
-                stack.callback(delattr, block, "forward")
+                instead = partial(_answered, answer, path)
+                stack.enter_context(_instead(self.model.get_submodule(path), instead))
             yield
 
     def _refuse(self, why: str) -> NoReturn:
@@ -252,6 +266,20 @@ class Chain:
 
     def _ids(self, ids_BT: Tensor) -> Tensor:
         return ids_BT.to(self.device, torch.int64)
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, something else is run in the place of a module; its hooks are run as ever."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _answered(answer: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+    return answer(path, args, kwargs)
 
 
 class NoChainError(LowRankError):

@@ -43,7 +43,7 @@ class Flow:
         Args:
             before: what has been made of matrices that come before it.
         """
-        with self.chain.outside(), torch.no_grad():
+        with self.chain.entering(), torch.no_grad():
             for name, ids in self.texts.items():
                 self.dense[name] = new_stream(self.spill, f"{name}-dense", self.chain.enter(ids), len(ids))
             with exchanged(self.chain.model, before):

@@ -296,7 +296,7 @@ class Fold:
     def _losses(self, pieces: Mapping[str, Piece]) -> dict[str, float]:
         assert self.chain is not None
         ids, losses = self.flow.texts["check"], {}
-        with self.chain.outside():
+        with self.chain.leaving():
             losses["loss_dense"] = loss_after(self.chain, ids, self.flow.dense["check"])
             with exchanged(self.chain.model, pieces):
                 losses["loss_compressed"] = loss_after(self.chain, ids, self.flow.changed["check"])

@@ -107,7 +107,7 @@ def grams_before(chain: Chain, matrices: Iterable[Matrix], ids_NT: Tensor) -> di
         for _ in chain.enter(ids_NT):
             pass
 
-    with chain.outside(), torch.no_grad():
+    with chain.entering(), torch.no_grad():
         return grams_while(run, chain.model, matrices, "")
 
 
@@ -119,12 +119,12 @@ def grams_after(chain: Chain, matrices: Iterable[Matrix], ids_NT: Tensor, stream
             for rows, batch in stream.batches(HEAD_BATCH):
                 chain.leave(ids_NT[rows], batch)
 
-    with chain.outside():
+    with chain.leaving():
         return grams_while(run, chain.model, matrices, "")
 
 
 def loss_after(chain: Chain, ids_NT: Tensor, stream: Stream) -> float:
-    """Cross-entropy of the next token in nats, for what the last block gave; what is outside has to be there.
+    """Cross-entropy of the next token in nats, for what the last block gave; inside of `leaving`.
 
     Raises:
         LowRankError: it is not finite.

@@ -152,7 +152,8 @@ class Survey:
     def _outside(self, section: Section, run: Callable[[], None]) -> None:
         grams: dict[str, Tensor] = {}
         if section.stored and not self.files.has(section):
-            with self.chain.outside(), torch.no_grad():
+            around = self.chain.entering() if section.path == BEFORE else self.chain.leaving()
+            with around, torch.no_grad():
                 grams = grams_while(run, self.chain.model, section.matrices, section.prefix)
         self._keep(section, grams, {})
 
@@ -208,7 +209,7 @@ class Survey:
                 assert hidden.grad is not None
                 yield hidden.grad.cpu()
 
-        with self.chain.outside():
+        with self.chain.leaving():
             place = len(self.chain.paths)
             return self._watched(
                 section, self.chain.model, lambda: new_stream(self.spill, "gradient", back(), len(self.ids), place)
@@ -239,7 +240,7 @@ class Survey:
             return gradients
 
         embeddings = self.chain.model.get_input_embeddings()
-        with self.chain.outside(), ExitStack() as stack:
+        with self.chain.entering(), ExitStack() as stack:
             stack.callback(embeddings.register_forward_hook(lambda *args: args[2].detach().requires_grad_(True)).remove)
             self._watched(section, self.chain.model, run)
 
@@ -304,5 +305,5 @@ class Survey:
     # Streams
 
     def _entered(self, name: str) -> Stream:
-        with self.chain.outside(), torch.no_grad():
+        with self.chain.entering(), torch.no_grad():
             return new_stream(self.spill, name, self.chain.enter(self.ids), len(self.ids))

@@ -285,6 +285,8 @@ def test_one_block_at_a_time_is_in_memory(
     blocks = [{name for name in there if name.startswith("model.layers.")} for there in filled]
     assert max(map(len, blocks)) == 1
     assert all(not there or len(filled[i]) == 1 for i, there in enumerate(blocks)), "a block and what is outside"
+    assert not any({"lm_head.weight", "model.embed_tokens.weight"} <= there for there in filled)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set().union(*filled)
     assert all(p.is_meta for p in models[-1].parameters())
 
 

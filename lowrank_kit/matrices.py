@@ -36,6 +36,8 @@ ROLE_OF_LEAF = {leaf: role for role, leaves in LEAF_ROLES.items() for leaf in le
 # Fused qkv whose rows go head by head, a run of q, k and v for each key head; and whose rows are always [q; k; v].
 INTERLEAVED_LEAVES = ("query_key_value",)
 CONTIGUOUS_LEAVES = ("Wqkv",)
+# Of state spaces: of rank hidden / 16 already, and multiplied with by those around it instead of being called.
+UNCALLED_LEAVES = ("dt_proj",)
 # The output of attention or of the MLP, by what stands beside it.
 AMBIGUOUS_LEAVES = ("c_proj", "dense")
 ATTENTION_INPUTS = frozenset({"q", "k", "v", "qkv"})
@@ -247,9 +249,11 @@ def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], mo
         transposed = isinstance(module, Conv1D)
         shape = _out_in(module.weight.shape, transposed)
         parent = modules[owner]
-        if min(shape) == 1 or _is_router(shape[0], parent):
-            return
         role = role_of(leaf, tuple(name for name, _ in parent.named_children()))
+        # A router stands beside the experts, or in a module that does, under a name that is no part of a block.
+        nested = role == leaf and _is_router(shape[0], modules[owner.rpartition(".")[0]])
+        if min(shape) == 1 or leaf in UNCALLED_LEAVES or nested or _is_router(shape[0], parent):
+            return
         yield Matrix(
             name=path,
             parameter=f"{path}.weight",

@@ -11,17 +11,20 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -48,12 +51,23 @@ GPT2 = TOKENS | {"n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": partial(LlamaConfig, **GROUPED),
+    "llama_tied": partial(LlamaConfig, **GROUPED, tie_word_embeddings=True),
+    "mistral": partial(MistralConfig, **GROUPED, sliding_window=8),
+    "qwen2": partial(Qwen2Config, **GROUPED),
+    "qwen2_tied": partial(Qwen2Config, **GROUPED, tie_word_embeddings=True),
     "qwen3": partial(Qwen3Config, **GROUPED, head_dim=12),
     "gpt2": partial(GPT2Config, **GPT2),
     "gpt_neox": partial(GPTNeoXConfig, **COMMON),
     "phi3": partial(Phi3Config, **GROUPED),
     "gemma": partial(GemmaConfig, **GROUPED, head_dim=12),
     "gemma2": partial(Gemma2Config, **GROUPED, head_dim=12),
+    "gemma3": partial(
+        Gemma3TextConfig,
+        **GROUPED,
+        head_dim=12,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "mixtral": partial(MixtralConfig, **GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": partial(
         Qwen3MoeConfig, **GROUPED, head_dim=12, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
@@ -73,14 +87,24 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model of a family, in eval mode, with norms and biases that are not at their neutral values.
+    """A random float32 model of a family.
 
     Args:
         name: a key of `FAMILIES`.
         seed: of all its parameters.
     """
+    return build_from(FAMILIES[name](), seed)
+
+
+def build_from(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model in eval mode, with norms and biases that are not at their neutral values.
+
+    Args:
+        config: of a causal LM.
+        seed: of all its parameters.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1 or parameter_name.endswith("_bias"):

@@ -26,12 +26,17 @@ SPLIT_HEADS_12: Roles = {"q": (1, 48, 32), "k": (1, 24, 32), "v": (1, 24, 32), "
 GATED: Roles = {"gate": (1, 48, 32), "up": (1, 48, 32), "down": (1, 32, 48)}
 IN_BLOCK: dict[str, Roles] = {
     "llama": SPLIT | GATED,
+    "llama_tied": SPLIT | GATED,
+    "mistral": SPLIT | GATED,
+    "qwen2": SPLIT | GATED,
+    "qwen2_tied": SPLIT | GATED,
     "qwen3": SPLIT_HEADS_12 | GATED,
     "gpt2": {"qkv": (1, 96, 32), "o": (1, 32, 32), "up": (1, 128, 32), "down": (1, 32, 128)},
     "gpt_neox": {"qkv": (1, 96, 32), "o": (1, 32, 32), "up": (1, 48, 32), "down": (1, 32, 48)},
     "phi3": {"qkv": (1, 64, 32), "o": (1, 32, 32), "gate_up": (1, 96, 32), "down": (1, 32, 48)},
     "gemma": SPLIT_HEADS_12 | GATED,
     "gemma2": SPLIT_HEADS_12 | GATED,
+    "gemma3": SPLIT_HEADS_12 | GATED,
     "mixtral": SPLIT | {"gate_up": (4, 96, 32), "down": (4, 32, 48)},
     "qwen3_moe": SPLIT_HEADS_12 | {"gate_up": (4, 48, 32), "down": (4, 32, 24)},
     "opt": dict.fromkeys("qkvo", (1, 32, 32)) | {"up": (1, 48, 32), "down": (1, 32, 48)},
@@ -42,10 +47,13 @@ IN_BLOCK: dict[str, Roles] = {
 OUTSIDE: dict[str, Roles] = {"opt_projected": {"project_in": (1, 32, 16), "project_out": (1, 16, 32)}}
 # Parameters of two or more dimensions that are no matrices; in a block, by their name in it.
 NO_MATRICES: dict[str, set[str]] = {
+    "llama_tied": {"model.embed_tokens.weight"},
+    "qwen2_tied": {"model.embed_tokens.weight"},
     "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
     "gpt_neox": {"gpt_neox.embed_in.weight", "lm_head.weight"},
     "gemma": {"model.embed_tokens.weight"},
     "gemma2": {"model.embed_tokens.weight"},
+    "gemma3": {"model.embed_tokens.weight"},
     "mixtral": {"model.embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"},
     "qwen3_moe": {"model.embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"},
     "opt": {"model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"},

@@ -60,8 +60,8 @@ class StoredStack:
 
     @property
     def factors(self) -> str:
-        """What the names of the factors begin with, after the path."""
-        return PROJECTIONS[self.projection]
+        """What the names of the factors begin with, after the path; of experts of another kind their own name."""
+        return PROJECTIONS.get(self.projection, self.projection)
 
     def weight(self, *tensors: Tensor) -> Tensor:
         """W of all experts, [E, O, I], from the tensors named in `tensors`, given in that order."""

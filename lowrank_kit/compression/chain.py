@@ -202,6 +202,8 @@ class Chain:
         def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal given
             hidden, call = _Call.of(args, kwargs)
+            if isinstance(hidden, Tensor) and hidden.ndim != 3:
+                self._refuse(f"runs several streams at once through {path}, {list(hidden.shape)}")
             if given is not None and not (isinstance(hidden, Tensor) and torch.equal(hidden, given)):
                 self._refuse(f"changes the hidden states before {path}")
             order.append(path)
@@ -326,7 +328,7 @@ class _Stop(Exception):
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 _Answer = Callable[[Tensor], Any]

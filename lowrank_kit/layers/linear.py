@@ -40,6 +40,11 @@ class LowRankLinear(nn.Module):
         self.B = nn.Linear(rank, out_features, bias=bias, dtype=dtype, device=device)
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
 
+    @property
+    def bias(self) -> Tensor | None:
+        """That of B, where models look for it that set the biases of their layers."""
+        return self.B.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """y for x [..., I]."""
         return self.B(self.A(x))

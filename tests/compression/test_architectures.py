@@ -1,0 +1,38 @@
+"""Every family: compressed, saved again, generated from, and the same as dense where nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.architectures import STREAMED, check
+from tests.families import FAMILIES, build_from
+
+TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
+TIED = ("llama_tied", "qwen2_tied", "gpt2", "gemma", "gemma2", "gemma3", "opt", "opt_projected")
+STACKED = ("mixtral", "qwen3_moe")
+STAY_DENSE = {"gpt_oss": {"experts stored transposed": 4}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family: str, text_file: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = build_from(FAMILIES[family](vocab_size=len(tiny_tokenizer)))
+    outcome = check(model, tiny_tokenizer, text_file, tmp_path)
+    assert outcome.failed == []
+    assert (outcome.way, outcome.why) == (STREAMED, "")
+    assert outcome.tied == (family in TIED)
+    assert outcome.stacked == (family in STACKED)
+    assert outcome.dense == STAY_DENSE.get(family, {})
+    assert outcome.keep == (0.95 if family in STAY_DENSE else 0.6)
+    assert {"o"} < outcome.factorized.keys()
+    assert not any(outcome.factorized[role] % 2 for role in outcome.factorized.keys() - {"project_in", "project_out"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_tells_of_the_family(family: str) -> None:
+    rows = [line for line in TABLE.read_text().splitlines() if line.startswith(f"| {family} |")]
+    assert len(rows) == 1, "python -m evals.architectures"
+    assert f"| {STREAMED} |" in rows[0]
+    assert "fails" not in rows[0]

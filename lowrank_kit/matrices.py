@@ -249,9 +249,10 @@ def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], mo
         transposed = isinstance(module, Conv1D)
         shape = _out_in(module.weight.shape, transposed)
         parent = modules[owner]
-        role = role_of(leaf, tuple(name for name, _ in parent.named_children()))
+        siblings = [name for name, _ in parent.named_children()]
+        role = role_of(leaf, tuple(siblings))
         # A router stands beside the experts, or in a module that does, under a name that is no part of a block.
-        nested = role == leaf and _is_router(shape[0], modules[owner.rpartition(".")[0]])
+        nested = role == leaf and _is_router(shape[0], modules[owner.rpartition(".")[0]], any_stack=True)
         if min(shape) == 1 or leaf in UNCALLED_LEAVES or nested or _is_router(shape[0], parent):
             return
         yield Matrix(
@@ -262,7 +263,10 @@ def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], mo
             shape=shape,
             transposed=transposed,
             expert=None,
-            shares_input=input_key(owner, role, path),
+            # Keys and values without queries, as of RWKV, are no attention, and read what they mix themselves.
+            shares_input=path
+            if role in ("k", "v") and not any(role_of(name) == "q" for name in siblings)
+            else input_key(owner, role, path),
             ends_branch=role in BRANCH_ENDS,
             split=_split(role, leaf, module, parent, getattr(model, "config", None)),
         )
@@ -339,12 +343,19 @@ def _split_gate_up(out: int, *, interleaved: bool) -> Split | None:
     return Split(("gate", "up"), (1, 1), out // 2) if interleaved else Split(("gate", "up"), (out // 2, out // 2))
 
 
-def _is_router(out_features: int, parent: nn.Module) -> bool:
-    """A linear layer beside as many experts as it has outputs chooses among them."""
+def _is_router(out_features: int, parent: nn.Module, *, any_stack: bool = False) -> bool:
+    """A linear layer beside as many experts as it has outputs chooses among them.
+
+    Args:
+        any_stack: take a 3-D weight of whatever name for experts, unless it is that of a depthwise convolution.
+    """
     for sibling in parent.children():
         if isinstance(sibling, nn.ModuleList) and len(sibling) == out_features:
             return True
-        if any(_of_experts(name, p) and p.shape[0] == out_features for name, p in _fused_in(sibling)):
+        stacks = (
+            p for name, p in _fused_in(sibling) if _of_experts(name, p) or (any_stack and p.ndim == 3 and min(p.shape) > 1)
+        )
+        if any(p.shape[0] == out_features for p in stacks):
             return True
     return False
 

@@ -32,7 +32,9 @@ VOCABULARY = 384
 # What sizes are called in the configs of transformers; a family is given those that its config has.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 32),
-    **dict.fromkeys(("intermediate_size", "shared_intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size"), 48),
+    **dict.fromkeys(
+        ("intermediate_size", "shared_intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size"), 48
+    ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
@@ -97,7 +99,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("LFM2", {}),
     "lfm2_moe": ("LFM2 8B-A1B", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "llama4_text": ("Llama 4, its text model", {}),
-    "longcat_flash": ("LongCat-Flash", LATENT | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 24}),
+    "longcat_flash": (
+        "LongCat-Flash",
+        LATENT | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 24},
+    ),
     "mamba": ("Mamba", {}),
     "mamba2": ("Mamba-2", {"num_heads": 8, "head_dim": 8}),
     "minicpm3": ("MiniCPM3 4B", LATENT),
@@ -106,7 +111,16 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("Ministral 8B", {}),
     "mpt": ("MPT 7B", {}),
     "nemotron": ("Nemotron-4, Minitron", {}),
-    "nemotron_h": ("Nemotron-H", {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "moe_shared_expert_intermediate_size": 24}),
+    "nemotron_h": (
+        "Nemotron-H",
+        {
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "moe_shared_expert_intermediate_size": 24,
+        },
+    ),
     "olmo": ("OLMo", {}),
     "olmo2": ("OLMo 2", {}),
     "olmo3": ("OLMo 3", {}),

@@ -353,7 +353,9 @@ def _is_router(out_features: int, parent: nn.Module, *, any_stack: bool = False)
         if isinstance(sibling, nn.ModuleList) and len(sibling) == out_features:
             return True
         stacks = (
-            p for name, p in _fused_in(sibling) if _of_experts(name, p) or (any_stack and p.ndim == 3 and min(p.shape) > 1)
+            p
+            for name, p in _fused_in(sibling)
+            if _of_experts(name, p) or (any_stack and p.ndim == 3 and min(p.shape) > 1)
         )
         if any(p.shape[0] == out_features for p in stacks):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_kit.checkpoint.headers import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorHeader
@@ -18,6 +20,7 @@ from lowrank_kit.checkpoint.reading import described
 from lowrank_kit.report.files import new_file, write_text
 
 METADATA = {"format": "pt"}
+_DIGEST = "sha256"  # key of the metadata, in files of a work folder
 # What transformers' save_pretrained takes.
 MAX_SHARD_BYTES = 5 * 10**9
 # From last to first in a file: the order of `Dtype` in safetensors/src/tensor.rs, which sorts by it and then by name.
@@ -198,5 +201,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     specs = [(name, *described(tensor)) for name, tensor in tensors.items()]
+    metadata = {**metadata, _DIGEST: _digest(metadata, tensors.items())}
     shard = Shard(path.name, _placed(path.name, specs, metadata), metadata)
     write_shard(path.parent, shard, tensors.items())
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file that `write_tensors` wrote is no longer what was written. All of it is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no mapping)
+            metadata = dict(file.metadata() or {})
+            return metadata.pop(_DIGEST, "") != _digest(metadata, tensors)
+    except SafetensorError:
+        return True
+
+
+def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of all there is, in whatever order it comes."""
+    parts = [f"{key} {value}" for key, value in metadata.items()]
+    for name, tensor in tensors:
+        content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        parts.append(f"{name} {hashlib.sha256(content).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()

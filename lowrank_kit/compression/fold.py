@@ -138,7 +138,7 @@ class Fold:
                     yield section, self._outside(section, self.grams.known(section))
             return
         before, *blocks, after = self.sections
-        if done.has(after):
+        if all(done.has(section) for section in (*blocks, after)):
             return
         begun = Folded()
         if done.has(before):

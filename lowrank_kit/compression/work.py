@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_kit.checkpoint.folder import REPORT_FILE
-from lowrank_kit.checkpoint.writer import write_tensors
+from lowrank_kit.checkpoint.writer import is_damaged, write_tensors
 from lowrank_kit.compression.fold import Folded
 from lowrank_kit.compression.piece import Piece
 from lowrank_kit.compression.plan import Plan, PlannedMatrix
@@ -108,6 +109,7 @@ class WorkFolder:
         if not self._anything():
             (self.path / MANIFEST).unlink(missing_ok=True)
             self.log.unlink(missing_ok=True)
+        self._drop_damaged()
 
     def _leave(self, absent: list[Path], kind: type[BaseException] | None, *_: object) -> None:
         """After an error, say how to go on; where there is nothing to go on with, leave nothing."""
@@ -165,6 +167,13 @@ class WorkFolder:
     def _anything(self) -> bool:
         """Whether something is here that a resumed run need not do again."""
         return any(folder.exists() and any(folder.glob("*.safetensors")) for folder in (self.survey, self.sections))
+
+    def _drop_damaged(self) -> None:
+        """What a disk has damaged since is made again."""
+        for path in [path for folder in (self.survey, self.sections) for path in folder.glob("*.safetensors")]:
+            if is_damaged(path):
+                logger.warning("%s is damaged, and its part is made again", path)
+                path.unlink()
 
     def _told(self) -> str:
         count = len(list(self.sections.glob("*.safetensors")))
@@ -288,5 +297,7 @@ class Kept:
 def _refuse_taken(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file, a folder is wanted", hint="choose another output folder")
+    if output.is_dir() and not os.access(output, os.W_OK):
+        raise UsageError(f"{output} may not be written to", hint="choose an output where you may write")
     if output.is_dir() and (count := sum(1 for _ in output.iterdir())):
         raise UsageError(f"{output}: the output folder is not empty ({count} entries)", hint="choose a new folder")

@@ -23,7 +23,7 @@ from lowrank_kit.data.tokenizer import train_tokenizer
 from lowrank_kit.matrices import LEAF_ROLES, find_matrices
 from lowrank_kit.report.files import write_text
 from lowrank_kit.report.tables import markdown_table
-from tests.architectures import REFUSED, STREAMED, WHOLE, Outcome, check
+from tests.architectures import REFUSED, WHOLE, Outcome, check
 from tests.families import FAMILIES, WEIGHT_STD, build_from
 from tests.pages import write_pages
 
@@ -171,7 +171,7 @@ ABOVE = """\
 What `lowrank compress` does with a model of each family, as [`evals/architectures.py`](../evals/architectures.py) found
 with tiny random ones, in transformers {version}; `python -m evals.architectures` writes this page anew. A model is
 built from its config, saved with a tokenizer, compressed with `--objective whiten`, and loaded by plain
-`from_pretrained`. Holds: at keep 1.0 the logits are the dense model's to the bit; at keep .6 (or the number in the notes,
+`from_pretrained`. Holds: at keep 1.0 the logits are the dense model's to the bit; at keep .6 (or what the notes say,
 where so much stays dense that .6 is impossible) the loss is finite, the files have the bytes that were planned, and
 saved and loaded once more the weights, the logits and the text that it generates are the same; tied embeddings are on
 disk once; and where the matrices really are of low rank, the logits are the dense model's within 0.001. Streamed: one

@@ -202,11 +202,11 @@ def _ends(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def _embeddings_on_disk(folder: Path, model: PreTrainedModel) -> set[str]:
     """Tensors in the files that are the embeddings or the head."""
     names = {name.rpartition(".")[2] for name in embedding_names(model)}
-    found = set()
+    found: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found |= {key for key in file.keys() if key.removesuffix(".weight").rpartition(".")[2] in names}
-    return found
+            found |= set(file.keys())
+    return {key for key in found if key.removesuffix(".weight").rpartition(".")[2] in names}
 
 
 def _same(one: PreTrainedModel, other: PreTrainedModel) -> bool:

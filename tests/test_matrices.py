@@ -300,6 +300,34 @@ def test_a_tied_linear_layer_is_no_matrix() -> None:
     assert [matrix.name for matrix in find_matrices(model)] == ["up_proj"]
 
 
+@pytest.mark.parametrize(("leaf", "stack"), [("wg", "up_proj"), ("layer", "weight")])
+def test_a_router_in_a_module_of_its_own_is_no_matrix(leaf: str, stack: str) -> None:
+    """As of Hunyuan and JetMoE; a weight of a depthwise convolution stands for no experts."""
+    mlp = nn.Module()
+    mlp.gate = nn.ModuleDict({leaf: nn.Linear(8, 3, bias=False)})
+    mlp.conv = nn.Conv1d(3, 3, 2, groups=3)
+    assert [matrix.name for matrix in find_matrices(mlp)] == [f"gate.{leaf}"]
+    mlp.other = nn.Linear(8, 4)
+    mlp.experts = nn.Module()
+    mlp.experts.is_transposed = False  # type: ignore[assignment]
+    mlp.experts.register_parameter(stack, nn.Parameter(torch.randn(3, 6, 8)))
+    assert f"gate.{leaf}" not in {matrix.name for matrix in find_matrices(mlp)}
+
+
+def test_keys_and_values_without_queries_share_no_input() -> None:
+    """As of RWKV, which mixes the input of each by itself."""
+    mixer = nn.ModuleDict({leaf: nn.Linear(8, 8) for leaf in ("receptance", "key", "value")})
+    assert len({matrix.shares_input for matrix in find_matrices(mixer)}) == 3
+    mixer["query"] = nn.Linear(8, 8)
+    assert len({matrix.shares_input for matrix in find_matrices(mixer)}) == 2
+
+
+def test_the_step_of_a_state_space_is_no_matrix() -> None:
+    """Its weight is multiplied with, and the module is not called."""
+    mixer = nn.ModuleDict({"x_proj": nn.Linear(16, 4), "dt_proj": nn.Linear(2, 16)})
+    assert [matrix.name for matrix in find_matrices(mixer)] == ["x_proj"]
+
+
 def test_a_linear_router_and_a_row_are_no_matrices() -> None:
     """Routers of models with experts in a list, and a gate with one output."""
     mlp = nn.Module()

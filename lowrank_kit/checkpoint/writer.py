@@ -222,5 +222,5 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
     parts = [f"{key} {value}" for key, value in metadata.items()]
     for name, tensor in tensors:
         content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
-        parts.append(f"{name} {hashlib.sha256(content).hexdigest()}")
+        parts.append(f"{name} {described(tensor)} {hashlib.sha256(content).hexdigest()}")
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()

@@ -27,12 +27,14 @@ from lowrank_kit.checkpoint.writer import (
     METADATA,
     Shard,
     TensorSpec,
+    is_damaged,
     is_written,
     plan_shards,
     shard_bytes,
     tensor_bytes,
     write_shard,
     write_shards,
+    write_tensors,
 )
 from lowrank_kit.errors import LowRankError
 
@@ -298,3 +300,19 @@ def test_transformers_loads_the_shards(tmp_path: Path, tiny_llama_folder: Path) 
     assert isinstance(model, LlamaForCausalLM)
     assert not any(found.values())
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_bit_that_changed_anywhere_is_seen(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 2), "b": torch.arange(5), "c": torch.tensor(1.5), "d": torch.ones(0, 4)}
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, tensors, {"told": "of tensors"})
+    assert not is_damaged(path)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert is_damaged(path), place
+    for end in range(len(data)):
+        path.write_bytes(data[:end])
+        assert is_damaged(path), end
+    save_file(tensors, path)  # of somebody else
+    assert is_damaged(path)

@@ -331,10 +331,10 @@ def test_an_output_that_may_not_be_written_to(tiny_llama_folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # where anybody may look
         model, new, empty = Path(name, "model"), Path(name, "place", "new"), Path(name, "empty")
         shutil.copytree(tiny_llama_folder, model)
+        for path in (Path(name), model, *model.iterdir()):
+            path.chmod(0o755)
         for folder in (new.parent, empty):
-            folder.mkdir()
-            folder.chmod(0o555)
-        Path(name).chmod(0o777)
+            folder.mkdir(mode=0o555)
         command = ["compress", str(model), "--keep", "0.5", "--objective", "plain", "-o"]
         done = subprocess.run(
             [sys.executable, "-c", AS_NOBODY, *command, str(new), str(empty)],

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import OpenAIGPTConfig, PreTrainedModel
 
 from lowrank_kit.compression.chain import Chain, block_paths, read_input
 from lowrank_kit.compression.streams import Held
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.matrices import block_path, find_matrices
-from tests.families import BLOCKS, FAMILIES, build, decoder_blocks, token_ids
+from tests.families import BLOCKS, FAMILIES, GPT2, build, build_from, decoder_blocks, token_ids
 
 # Five sequences: batches of two leave one over. The calls are seen on text of its own.
 IDS = token_ids(batch=5, length=12)
@@ -218,6 +218,20 @@ def test_models_that_are_no_chain_are_refused() -> None:
     with pytest.raises(LowRankError, match=r"runs model.layers.0, model.layers.0, not model.layers.0: "):
         chain_of(model)
     assert hooks_left(model) == 0
+    model = build("llama")
+    decoder_blocks(model)[0].register_forward_pre_hook(lambda module, args: (args[0].unsqueeze(2), *args[1:]))
+    with pytest.raises(LowRankError, match=r"runs several streams at once through model.layers.0, \[2, 12, 1, 32\]: "):
+        chain_of(model)
+
+
+def test_blocks_that_give_a_list() -> None:
+    model = build_from(OpenAIGPTConfig(**GPT2))
+    chain = chain_of(model)
+    hidden = enter(chain)
+    for index, path in enumerate(chain.paths):
+        hidden = through(chain, index, model.get_submodule(path), hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(chain.leave(IDS, hidden), model(input_ids=IDS).logits, rtol=0, atol=1e-5)
 
 
 def test_blocks_in_another_order_are_refused() -> None:

@@ -37,6 +37,7 @@ def test_names_and_shapes_on_disk(bias: bool) -> None:
     layer = LowRankLinear(7, 5, 3, bias=bias)
     expected = {"A.weight": (3, 7), "B.weight": (5, 3), "weight": (1,)} | ({"B.bias": (5,)} if bias else {})
     assert {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} == expected
+    assert layer.bias is layer.B.bias
     # The sentinel is no parameter: no optimizer decays it, no count of parameters has it.
     assert "weight" not in dict(layer.named_parameters())
 

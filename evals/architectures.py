@@ -222,7 +222,7 @@ def _rows(families: dict[str, Callable[[], PreTrainedConfig]], folder: Path) -> 
         yield {
             "family": f"**{family}**" if family in FAMILIES else family,
             "models": EXAMPLES[family],
-            "what is particular": ", ".join(told),
+            "what the model that was tried has": ", ".join(told),
             "compressed": "fails" if outcome.failed else outcome.way,
             "notes": "; ".join(_notes(outcome)),
         }
@@ -250,7 +250,11 @@ def _particular(model: PreTrainedModel) -> Iterator[str]:
         yield "tied"
     if len(matrices) > len(plain):
         yield "fused experts"
-    others = [role for role in roles if role not in LEAF_ROLES]
+    others = dict.fromkeys(
+        ".".join(matrix.name.split(".")[-2:]) if matrix.role.isdigit() else matrix.role
+        for matrix in plain
+        if matrix.role not in LEAF_ROLES
+    )
     if others:
         yield f"also {', '.join(others)}"
     yield from _stacks(model, {matrix.parameter for matrix in matrices})
@@ -259,13 +263,13 @@ def _particular(model: PreTrainedModel) -> Iterator[str]:
 def _stacks(model: nn.Module, known: set[str]) -> Iterator[str]:
     """3-D weights that are no matrices, and no convolutions."""
     found = {
-        name.split(".")[-2]
+        name.rpartition(".")[2]
         for name, module in model.named_modules()
         for leaf, p in module.named_parameters(prefix=name, recurse=False)
-        if p.ndim == 3 and leaf not in known and not isinstance(module, nn.modules.conv._ConvNd)
+        if p.ndim == 3 and min(p.shape) > 1 and leaf not in known and not isinstance(module, nn.modules.conv._ConvNd)
     }
     if found:
-        yield "experts of another kind, which stay dense"
+        yield f"3-D weights of {', '.join(sorted(found))}, which stay dense"
 
 
 def _notes(outcome: Outcome) -> Iterator[str]:
@@ -277,7 +281,7 @@ def _notes(outcome: Outcome) -> Iterator[str]:
         yield "experts as stacked factors"
     yield from (f"dense: {reason}" for reason in outcome.dense)
     if outcome.way in (WHOLE, REFUSED):
-        yield outcome.why.replace("|", "\\|")
+        yield outcome.why.partition(", and the model has to")[0].replace("|", "\\|")
 
 
 if __name__ == "__main__":

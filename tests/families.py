@@ -49,7 +49,7 @@ GROUPED = COMMON | {"num_key_value_heads": 2}
 OPT = {key: value for key, value in COMMON.items() if key != "intermediate_size"} | {"init_std": WEIGHT_STD}
 GPT2 = TOKENS | {"n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64, "initializer_range": WEIGHT_STD}
 
-FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": partial(LlamaConfig, **GROUPED),
     "llama_tied": partial(LlamaConfig, **GROUPED, tie_word_embeddings=True),
     "mistral": partial(MistralConfig, **GROUPED, sliding_window=8),

@@ -221,6 +221,6 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
     """SHA-256 of all there is, in whatever order it comes."""
     parts = [f"{key} {value}" for key, value in metadata.items()]
     for name, tensor in tensors:
-        content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
         parts.append(f"{name} {described(tensor)} {hashlib.sha256(content).hexdigest()}")
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.headers import SINGLE_FILE, ShardFile
 from lowrank_kit.checkpoint.hub import resolve_model
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
+from lowrank_kit.checkpoint.stacks import StoredStack
 from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.matrices import find_matrices
@@ -382,3 +384,11 @@ def test_a_hub_model_in_the_cache(tiny_llama_folder: Path) -> None:
 def test_a_local_folder_wins_over_the_hub(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_llama_folder.parent)
     assert resolve_model(tiny_llama_folder.name) == Path(tiny_llama_folder.name)
+
+
+def test_experts_of_another_kind_are_one_thing_too(tmp_path: Path) -> None:
+    """A gate of experts by itself, which no layer of low rank stands for."""
+    build("mixtral").save_pretrained(tmp_path)
+    stack = next(unit for unit in Checkpoint.open(tmp_path).units() if isinstance(unit, StoredStack))
+    other = replace(stack, matrix=replace(stack.matrix, name=f"{stack.module}.gate_proj"))
+    assert (other.projection, other.factors) == ("gate_proj", "gate_proj")

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from cli.main import run
 from lowrank_kit.checkpoint.folder import Checkpoint
@@ -35,12 +35,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def sharded(tiny_llama: Callable[..., torch.nn.Module], tiny_llama_folder: Path, tmp_path: Path) -> Path:
+def sharded(tiny_llama: Callable[..., LlamaForCausalLM], tiny_llama_folder: Path, tmp_path: Path) -> Path:
     """The tiny Llama in several shards, which a test may break."""
     return copied(tiny_llama, tiny_llama_folder, tmp_path / "model")
 
 
-def copied(tiny_llama: Callable[..., torch.nn.Module], tiny_llama_folder: Path, folder: Path) -> Path:
+def copied(tiny_llama: Callable[..., LlamaForCausalLM], tiny_llama_folder: Path, folder: Path) -> Path:
     shutil.copytree(tiny_llama_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tiny_llama().save_pretrained(folder, max_shard_size="60KB")
     return folder
@@ -197,7 +197,7 @@ LARGEST = 110_000  # bytes: more than a section has, and less than the result
 
 @pytest.fixture(scope="module")
 def without_room(
-    tiny_llama: Callable[..., torch.nn.Module],
+    tiny_llama: Callable[..., LlamaForCausalLM],
     tiny_llama_folder: Path,
     pages: str,
     tmp_path_factory: pytest.TempPathFactory,
@@ -219,7 +219,7 @@ def stopped(without_room: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    tiny_llama: Callable[..., torch.nn.Module],
+    tiny_llama: Callable[..., LlamaForCausalLM],
     tiny_llama_folder: Path,
     pages: str,
     tmp_path_factory: pytest.TempPathFactory,

@@ -251,7 +251,7 @@ def _particular(model: PreTrainedModel) -> Iterator[str]:
     if len(matrices) > len(plain):
         yield "fused experts"
     others = dict.fromkeys(
-        ".".join(matrix.name.split(".")[-2:]) if matrix.role.isdigit() else matrix.role
+        next(part for part in reversed(matrix.name.split(".")) if not part.isdigit())
         for matrix in plain
         if matrix.role not in LEAF_ROLES
     )

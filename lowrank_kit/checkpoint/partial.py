@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.checkpoint.stored import StoredMatrix
+from lowrank_kit.checkpoint.stored import StoredMatrix, sources_by_parameter
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.matrices import find_matrices
 
@@ -30,6 +30,7 @@ class PartialModel:
 
     Raises:
         LowRankError: tensors are missing.
+        NotInPartsError: it can only be loaded as a whole.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | str = "auto") -> None:
@@ -118,12 +119,23 @@ class PartialModel:
             if not any(alias in self._on_disk or alias in self._stacks for alias in aliases)
             and not any(pattern.search(name) for pattern in ignored)
         ]
+        if missing and all(
+            len(sources_by_parameter(self.model, self.checkpoint.headers)[name]) > 1 for name in missing
+        ):
+            raise NotInPartsError(
+                f"{missing[0]} of {type(self.model).__name__} is put together of several tensors of its files",
+                hint="--objective whiten with --refine none or e2e, for which the model is loaded as a whole",
+            )
         if missing:
             raise LowRankError(
                 f"{self.checkpoint.path}: {len(missing)} tensors of {type(self.model).__name__} are missing, "
                 f"first {missing[0]}",
                 hint="config.json and the safetensors files seem to belong to different models",
             )
+
+
+class NotInPartsError(LowRankError):
+    """A weight that only `from_pretrained` can make of what is in the files."""
 
 
 @dataclass(frozen=True)

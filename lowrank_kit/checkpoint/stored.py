@@ -9,7 +9,7 @@ Names on disk are mostly the names of the parameters, but not always: `gpt2` sto
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lowrank_kit.checkpoint.headers import TensorHeader
-from lowrank_kit.errors import LowRankError
+from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import STACKED
 from lowrank_kit.layers.experts import PROJECTIONS
 from lowrank_kit.linalg.pivot import expand
@@ -124,7 +124,7 @@ def stored_matrices(
         is last.
 
     Raises:
-        UsageError: the model has no matrix, or a head that is none.
+        UsageError: the model has no matrix, a head that is none, or blocks that share their weights.
         LowRankError: a matrix is not on disk, or with another shape than the config asks for.
     """
     parameters = model.state_dict()
@@ -141,6 +141,11 @@ def stored_matrices(
         stored += found
         if len(found) < max((source.parts for source in candidates), default=1):
             absent.append(matrix.name)
+    if absent and (shared := _shared(model, absent)):
+        raise UsageError(
+            f"{type(model).__name__} has the weight of {shared[0]} in several of its blocks",
+            hint="lowrank-kit works on models whose blocks have weights of their own",
+        )
     if absent:
         raise LowRankError(
             f"{len(absent)} matrices of {type(model).__name__} are not in the checkpoint, or only in part, "
@@ -148,6 +153,13 @@ def stored_matrices(
             hint="config.json and the safetensors files seem to belong to different models",
         )
     return stored
+
+
+def _shared(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Those of some matrices whose weight has other names too."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    count = Counter(map(id, weights.values()))
+    return [name for name in names if count[id(weights.get(f"{name}.weight"))] > 1]
 
 
 def disk_names(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> dict[str, str]:

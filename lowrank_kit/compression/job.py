@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lowrank_kit.checkpoint.folder import Checkpoint
-from lowrank_kit.checkpoint.partial import PartialModel
+from lowrank_kit.checkpoint.partial import NotInPartsError, PartialModel
 from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.calibration import Calibration, calibrate, draw, inputs_evidence, loss_evidence, timed
 from lowrank_kit.compression.chain import Chain, NoChainError, block_paths
@@ -106,11 +106,11 @@ class Job:
         """
         if self.texts is None or (self.calibration is not None and not self.by_block):
             return None
-        parts = PartialModel(self.checkpoint, device=self.device, dtype=self.dtype)
         ids, batch = self.texts.calibration.ids, self.settings.batch_size
         try:
+            parts = PartialModel(self.checkpoint, device=self.device, dtype=self.dtype)
             return Chain(parts.model, self.blocks, ids, batch_size=batch, parts=parts)
-        except NoChainError as error:
+        except (NoChainError, NotInPartsError) as error:
             if self.by_block:
                 raise
             logger.warning("%s, and the model has to be in memory as a whole", error.message)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
-from evals.architectures import MORE, tiny_config
 from tests.architectures import REFUSED, STREAMED, WHOLE, check
 from tests.families import FAMILIES, build_from
+from tests.more_families import MORE, tiny_config
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TIED = ("llama_tied", "qwen2_tied", "gpt2", "gemma", "gemma2", "gemma3", "opt", "opt_projected")

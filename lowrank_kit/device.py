@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import torch
 
 from lowrank_kit.errors import UsageError, did_you_mean
 
+# Of glibc's malloc.h; larger tensors are mapped each by itself, and gone when they are freed.
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 4 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,6 +45,16 @@ def resolve_dtype(name: str = "auto") -> torch.dtype | str:
     if name not in DTYPES:
         raise UsageError(f'unknown dtype "{name}"', hint=did_you_mean(name, ("auto", *DTYPES)))
     return DTYPES[name]
+
+
+def return_freed_memory() -> None:
+    """Have memory of the CPU go back to the system as soon as a tensor is freed, for the rest of the process.
+
+    glibc keeps what is freed of all but tensors as large as the largest one freed so far, up to 32 MB: in the end that
+    is as much again as is in use.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def available_memory(device: torch.device) -> int:

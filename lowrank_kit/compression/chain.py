@@ -103,6 +103,19 @@ class Chain:
             contextlib.nullcontext() if self.parts is None else self.parts.filled(self.parts.below(self.paths[index]))
         )
 
+    def empty(self, index: int) -> None:
+        """Give the memory of a block's weights back, inside of `inside`; a twin of it keeps its own."""
+        if self.parts is not None:
+            self.parts.forget(self.parts.below(self.paths[index]))
+
+    @contextmanager
+    def emptied(self, index: int) -> Iterator[None]:
+        """Inside, which is inside of `inside`, the weights of a block are not there; afterwards they are again."""
+        self.empty(index)
+        yield
+        if self.parts is not None:
+            self.parts.fill(self.parts.below(self.paths[index]))
+
     def block(self, index: int) -> nn.Module:
         """The model's own."""
         return self.model.get_submodule(self.paths[index])

@@ -22,7 +22,7 @@ from lowrank_kit.compression.streams import Stream
 from lowrank_kit.compression.team import sum_grams
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers.experts import expert_inner, expert_linear, expert_tokens, run_experts
-from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
+from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirror_, zero_gram
 from lowrank_kit.matrices import Matrix
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def expert_grams(
             f"NaN or Inf in the input of {stack.matrix.name} of the compressed model",
             hint="a higher budget, or --objective whiten",
         )
-    return torch.stack([mirrored(one) for one in gram]), cross
+    return torch.stack([mirror_(one) for one in gram]), cross
 
 
 def _read(experts: nn.Module, stack: StoredStack, expert: int, x: Tensor) -> Tensor:

@@ -181,31 +181,47 @@ class Fold:
         assert self.chain is not None
         index = section.index - 1
         block = self.chain.block(index)
-        changed = twin(block)
         if found is not None:
+            changed = twin(block)
             for name in self.flow.dense:
                 self.flow.run_dense(name, index, block)
             _install(changed, found, section, installed=False)
             return changed, found
-        grams = self.grams.inside(section, block)
-        made = Folded()
-        sequential = self.objective.sequential
-        cuts = self._cut_in_turn(section, block, changed, grams) if sequential else self._cut_all(section, grams)
-        for name, piece in cuts:
-            piece.install(changed, section.prefix)
-            made.pieces[name] = piece
-        if sequential:
+        changed, pieces = self._cut_block(section, block)
+        made = Folded(pieces)
+        if self.objective.sequential:
             self.flow.run_dense("calibration", index, block)
+        if self.by_block:
+            self.flow.run_dense("refinement", index, block)
+        check = self.grams.inside(section, block, "check")
         if self.by_block and section.stored:
             with timed(self.seconds, "refine by block"):
                 made.refined[section.path] = self._refine(section, changed)
             made.pieces = {name: piece.read_back(changed, section.prefix) for name, piece in made.pieces.items()}
             made.others = others(self.plan, changed, section.prefix)
             _install(changed, made, section, installed=True)
-        made.errors = errors_of(self.plan.checkpoint, made.pieces, grams.check)
+        self.chain.empty(index)
+        made.errors = errors_of(self.plan.checkpoint, made.pieces, check)
         return changed, made
 
     # Cutting
+
+    def _cut_block(self, section: Section, block: nn.Module) -> tuple[nn.Module, dict[str, Piece]]:
+        """A block with its low-rank layers, and what they are; its Grams are gone afterwards."""
+        assert self.chain is not None
+        grams, pieces = Grams(self.grams.inside(section, block, "calibration")), {}
+        if self.objective.sequential:
+            changed = twin(block)
+            for name, piece in self._cut_in_turn(section, block, changed, grams):
+                piece.install(changed, section.prefix)
+                pieces[name] = piece
+            return changed, pieces
+        with self.chain.emptied(section.index - 1):
+            pieces = dict(self._cut_all(section, grams))
+        changed = twin(block)
+        for piece in pieces.values():
+            piece.install(changed, section.prefix)
+        return changed, pieces
 
     def _cut_all(self, section: Section, grams: Grams) -> Iterator[tuple[str, Piece]]:
         """Every matrix by the dense model alone."""

@@ -25,7 +25,7 @@ from lowrank_kit.compression.statistics import adder, reading
 from lowrank_kit.compression.streams import Stream
 from lowrank_kit.compression.team import sum_grams
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
+from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirror_, zero_gram
 from lowrank_kit.matrices import Matrix
 from lowrank_kit.processes import summed
 
@@ -97,7 +97,7 @@ def collected(grams: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[st
             f"the calibration text does not reach {unread[0]}, nor {len(unread) - 1} others of {len(wanted)}",
             hint=_MORE_TEXT,
         )
-    return {key: mirrored(gram).cpu() for key, gram in grams.items()}
+    return {key: mirror_(gram).cpu() for key, gram in grams.items()}
 
 
 def grams_before(chain: Chain, matrices: Iterable[Matrix], ids_NT: Tensor) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ def changed_grams(
             f"NaN or Inf in the input of {reader} of the compressed model",
             hint="a higher budget, or --objective whiten",
         )
-    return mirrored(gram).cpu(), cross.cpu()
+    return mirror_(gram).cpu(), cross.cpu()
 
 
 class Gathering:
@@ -240,17 +240,20 @@ class Gathering:
         names = ("calibration", "check")
         return Grams(*(grams_after(chain, section.matrices, texts[name], dense[name]) for name in names))
 
-    def inside(self, section: Section, block: nn.Module) -> Grams:
-        """Of a block, while the dense streams go through it."""
+    def inside(self, section: Section, block: nn.Module, text: str) -> Mapping[str, Tensor]:
+        """Of a block on one text, while its dense stream goes through.
+
+        Args:
+            text: "calibration" or "check", one after the other: the Grams of both are twice as much memory.
+        """
         assert self.flow is not None
-        index, found = section.index - 1, {}
-        for name in self.flow.dense:
-            stays = name == "calibration" and self.sequential
-            move = partial(self.flow.peek if stays else self.flow.run_dense, name, index, block)
-            if name != "refinement" and self.calibration is None:
-                with timed(self.seconds, "grams"):
-                    filled = name == "calibration"
-                    found[name] = grams_while(move, block, section.matrices, section.prefix, filled=filled)
-            elif not stays:
-                move()
-        return self.known(section) if self.calibration is not None else Grams(**found)
+        index, stays = section.index - 1, text == "calibration" and self.sequential
+        move = partial(self.flow.peek if stays else self.flow.run_dense, text, index, block)
+        if self.calibration is None:
+            with timed(self.seconds, "grams"):
+                filled = text == "calibration"
+                return grams_while(move, block, section.matrices, section.prefix, filled=filled)
+        if text in self.flow.dense and not stays:
+            move()
+        known: Mapping[str, Tensor] = getattr(self.known(section), text)
+        return known

@@ -47,7 +47,7 @@ class SectionNeeds:
     Args:
         section: path of the block, BEFORE or AFTER.
         weights: the dense section, and the factors beside it.
-        grams: of inputs, on the calibration and the check text, and of gradients.
+        grams: of inputs, and of gradients.
         streams: hidden states of all texts; 0 where they are spilled.
         workspace: the larger of the largest decomposition and a batch's activations.
         training: what refinement by block adds to the factors.
@@ -235,15 +235,16 @@ class _Estimate:
         return SectionNeeds(
             section=name,
             weights=self.number * (numbers + factors) if self.text else WIDE * max(map(_size, here), default=0),
-            grams=self._grams(here) if self.text else 0,
+            grams=self._grams(here, 1 if name in self.blocks else 2) if self.text else 0,
             streams=0 if self.spill else self._streams(),
             workspace=max([activations, *map(self._decomposition, here)]),
             training=TRAINING_COPIES * SINGLE * factors if self.by_block and name in self.blocks else 0,
         )
 
-    def _grams(self, here: Collection[Matrix]) -> int:
+    def _grams(self, here: Collection[Matrix], texts: int) -> int:
+        """Of calibration and check text: in a block of one after the other."""
         inputs = {matrix.shares_input: matrix.shape[1] ** 2 for matrix in here}.values()
-        squares = 2 * sum(inputs)  # calibration and check
+        squares = texts * sum(inputs)
         if self.sequential:  # what one input is in the compressed model, and with the dense one
             squares += 2 * max(inputs, default=0)
         if self.settings.needs_curvature:

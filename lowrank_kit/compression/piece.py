@@ -50,6 +50,8 @@ class Piece:
         Args:
             model: or a part of it.
             prefix: what names begin with before their path in the part.
+
+        The layer may have the piece's own tensors: what trains it makes another piece of them, see `read_back`.
         """
         name, rank = self.planned.stored.matrix.name.removeprefix(prefix), self.planned.rank
         assert rank is not None
@@ -58,7 +60,9 @@ class Piece:
         if isinstance(layer, LowRankStack):
             layer.load_state_dict({leaf[-1]: self.tensors[leaf] for leaf in self._stacked_leaves()})
             return
-        layer.load_state_dict({**layer.state_dict(), **self.tensors})
+        state = layer.state_dict()
+        # The same memory where number format and device are the same.
+        layer.load_state_dict({leaf: self.tensors.get(leaf, old).to(old) for leaf, old in state.items()}, assign=True)
         if (bias := getattr(old, "bias", None)) is not None:
             place: nn.Module = layer.B if isinstance(layer, LowRankLinear) else layer
             place.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

@@ -31,7 +31,7 @@ from lowrank_kit.compression.targets import targeted
 from lowrank_kit.compression.texts import Texts
 from lowrank_kit.compression.work import Kept, WorkFolder
 from lowrank_kit.config import to_dict
-from lowrank_kit.device import resolve_device, resolve_dtype
+from lowrank_kit.device import resolve_device, resolve_dtype, return_freed_memory
 from lowrank_kit.processes import connect, num_processes, on_first, process_index
 from lowrank_kit.report.environment import PACKAGES, environment
 from lowrank_kit.report.tables import duration
@@ -82,6 +82,7 @@ def compress(
         LowRankError: a broken shard, NaN or Inf in a matrix, an activation or a loss.
     """
     checkpoint, work = targeted(Checkpoint.open(model), settings), WorkFolder(Path(output))
+    return_freed_memory()
     where, number = connect(resolve_device(device)), resolve_dtype(dtype)
     with work.open(resume=resume):
         if on_first(work.is_whole):

@@ -22,7 +22,7 @@ from lowrank_kit.compression.experts import fill_up, stacks_of, watching
 from lowrank_kit.compression.objectives import Statistics
 from lowrank_kit.data.blocks import IGNORED, TokenBlocks
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirrored, zero_gram
+from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirror_, zero_gram
 from lowrank_kit.matrices import Matrix
 
 # Between the seeds of two sequences.
@@ -88,7 +88,8 @@ def _adding(model: PreTrainedModel, matrices: Iterable[Matrix], *, filled: bool 
 
 
 def _whole(grams: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: mirrored(gram).cpu() for key, gram in grams.items()}
+    # A tensor made in inference mode cannot be changed outside of it.
+    return {key: mirror_(gram.clone()).cpu() for key, gram in grams.items()}
 
 
 def output_grams(

@@ -156,11 +156,16 @@ class WorkFolder:
     def finish(self) -> dict[str, Any]:
         """Give the result its name, and remove everything else; what compression.json says."""
         write_text(self.path / WHOLE, "")
-        if self.output.is_dir():  # keep the folder itself: somebody may stand in it
+        if not self.result.exists():
+            pass  # a run that was killed since has done it
+        elif self.output.is_dir():  # keep the folder itself: somebody may stand in it
             for entry in self.result.iterdir():
                 entry.replace(self.output / entry.name)
         else:
             self.result.replace(self.output)
+        # Last what says that it is whole: a run that goes on from anything less would find the output taken.
+        for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == WHOLE, entry.name == LOCK)):
+            _remove(entry)
         shutil.rmtree(self.path, ignore_errors=True)
         return dict(json.loads((self.output / REPORT_FILE).read_text()))
 
@@ -292,6 +297,13 @@ class Kept:
 
     def _file(self, section: Section) -> Path:
         return self.work.sections / f"{section.index:05d}.safetensors"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _refuse_taken(output: Path) -> None:

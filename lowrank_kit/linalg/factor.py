@@ -13,6 +13,8 @@ from torch import Tensor
 
 # float64 up to this side on CPU; above it a decomposition in float64 takes hours.
 FLOAT64_SIDE = 8192
+# Of a matrix that is gone through without a copy of it as a whole.
+ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,37 @@ def weighted_error(W_OI: Tensor, approximation_OI: Tensor, gram_II: Tensor | Non
         0 for an exact W' and infinity for another one of a W without outputs.
     """
     dtype = working_dtype(min(W_OI.shape[-2:]), W_OI.device)
-    W_OI = W_OI.to(dtype)
-
-    # Of size one: no square of a number in float32 is too large or too small.
-    scaled_II = None if gram_II is None else (gram_II / gram_II.abs().max().clamp(min=tiny(gram_II))).float()
-
-    def energy(M_OI: Tensor, size: Tensor) -> float:
-        M_OI = (M_OI / size).float()
-        weighted_OI = M_OI if scaled_II is None else M_OI @ scaled_II
-        # Rounding may leave a sum of zeros just below zero.
-        return max((weighted_OI * M_OI).sum(dtype=torch.float64).item(), 0.0) * size.item() ** 2
-
-    difference_OI = approximation_OI.to(dtype) - W_OI
-    error, total = (energy(M, M.abs().max().clamp(min=tiny(M))) for M in (difference_OI, W_OI))
+    difference_OI = torch.empty_like(W_OI, dtype=dtype)
+    for out, other, W in zip(*(M.split(ROWS, -2) for M in (difference_OI, approximation_OI, W_OI)), strict=True):
+        torch.sub(other.to(dtype), W.to(dtype), out=out)
+    del approximation_OI
+    error, total = (_energy(M, gram_II) for M in (difference_OI, W_OI))
     if total == 0:
         return float("inf") if error > 0 else 0.0
     return (error / total) ** 0.5
+
+
+def _energy(M_OI: Tensor, gram_II: Tensor | None) -> float:
+    """tr(M H M^T) for the H of largest number 1, summed over all M of a stack."""
+    # Of size one: no square of a number in float32 is too large or too small.
+    size, total = _size(M_OI), 0.0
+    if gram_II is None:
+        for M_RI in M_OI.split(ROWS, -2):
+            total += (M_RI / size).float().square().sum(dtype=torch.float64).item()
+        return total * size**2
+    scaled_OI = torch.empty_like(M_OI, dtype=torch.float32)
+    for scaled_RI, M_RI in zip(scaled_OI.split(ROWS, -2), M_OI.split(ROWS, -2), strict=True):
+        scaled_RI.copy_(M_RI / size)
+    gram_size = _size(gram_II)
+    for M_OR, gram_IR in zip(scaled_OI.split(ROWS, -1), gram_II.split(ROWS, -1), strict=True):
+        weighted_OR = scaled_OI @ (gram_IR / gram_size).float()
+        total += (weighted_OR * M_OR).sum(dtype=torch.float64).item()
+    # Rounding may leave a sum of zeros just below zero.
+    return max(total, 0.0) * size**2
+
+
+def _size(tensor: Tensor) -> float:
+    return max(*(abs(end.item()) for end in tensor.aminmax()), tiny(tensor))
 
 
 def tiny(tensor: Tensor) -> float:
@@ -152,8 +169,11 @@ def whitened_svd(W_OI: Tensor, gram_II: Tensor) -> Factors:
     else:
         root_II = _root(gram_II)
         energies, V = torch.linalg.eigh(root_II.mT @ (W_OI.mT @ W_OI) @ root_II)
+        images_OS = W_OI @ (root_II @ V.flip(1))
+        del root_II, V  # what follows takes as much again
         # Householder's: columns of no length still get directions of their own, and a prefix spans a prefix.
-        U_OS, _ = torch.linalg.qr(W_OI @ (root_II @ V.flip(1)))
+        U_OS = torch.linalg.qr(images_OS)[0]
+        del images_OS
     return Factors(U_OS, U_OS.mT @ W_OI, energies.clamp(min=0).sqrt().flip(0))
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 PANELS = 4
 # Narrower panels lose in speed what they save in work.
 NARROWEST = 96
+# Mirrored together, which takes memory for a square of them.
+MIRRORED_ROWS = 512
 
 
 def zero_gram(side: int, device: torch.device) -> Tensor:
@@ -22,7 +24,7 @@ def zero_gram(side: int, device: torch.device) -> Tensor:
 
 
 def add_gram_(total_II: Tensor, x_NI: Tensor) -> Tensor:
-    """Add the upper triangle of X^T X to a sum; `mirrored` makes the sum whole at the end.
+    """Add the upper triangle of X^T X to a sum; `mirror_` makes the sum whole at the end.
 
     Products are made in float32 or better and added in the dtype of the sum. The diagonal is finite if and only if
     all of the sum is.
@@ -40,13 +42,18 @@ def add_gram_(total_II: Tensor, x_NI: Tensor) -> Tensor:
     return total_II
 
 
-def mirrored(total_II: Tensor) -> Tensor:
-    """The symmetric matrix of an upper triangle.
+def mirror_(total_II: Tensor) -> Tensor:
+    """The symmetric matrix of an upper triangle, in its place: of a large one, another is not to be in memory.
 
     Args:
-        total_II: [I, I].
+        total_II: [I, I], changed in place.
     """
-    return total_II.triu() + total_II.triu(1).mT
+    for begin in range(0, len(total_II), MIRRORED_ROWS):
+        end = begin + MIRRORED_ROWS
+        square = total_II[begin:end, begin:end]
+        square.copy_(square.triu() + square.triu(1).mT)
+        total_II[end:, begin:end] = total_II[begin:end, end:].mT
+    return total_II
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from lowrank_kit.compression.statistics import adder, input_grams, input_grams_a
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import LowRankStack, exchange_experts
-from lowrank_kit.linalg.gram import mirrored
+from lowrank_kit.linalg.gram import mirror_
 from lowrank_kit.matrices import Matrix, find_matrices
 from tests.compression.folds import calibration_of, settings_of
 from tests.families import BLOCKS, build, token_ids
@@ -96,7 +96,7 @@ def test_a_block_alone_is_read_by_names_inside_it() -> None:
     assert counts == {name: len(read.get(f"model.layers.1.{name}", TEXT.ids.flatten())) for name in names}
     for name in names[:2]:
         X = read[f"model.layers.1.{name}"]
-        torch.testing.assert_close(mirrored(grams[name]), X.mT @ X, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(mirror_(grams[name]), X.mT @ X, rtol=1e-4, atol=1e-3)
     assert torch.equal(grams["again"], grams[names[0]])
     assert "forward" not in block.mlp.experts.__dict__
 

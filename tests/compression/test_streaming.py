@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -207,6 +208,36 @@ def test_killed_while_the_result_is_written_or_named(
     compress(tiny_llama_folder, output, settings, device="cpu", resume=True)
     assert weights(output) == weights(uninterrupted("whiten"))
     assert {p.name for p in output.iterdir()} == {p.name for p in uninterrupted("whiten").iterdir()}
+
+
+def test_killed_while_the_rest_is_removed(
+    uninterrupted: Callable[[str], Path],
+    tiny_llama_folder: Path,
+    text_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings, output = settings_of("whiten", text_file), tmp_path / "out"
+    remove, expected = work._remove, weights(uninterrupted("whiten"))
+    removed: list[str] = []
+
+    def stop(path: Path) -> None:
+        if path.name not in removed:
+            removed.append(path.name)
+            raise Killed
+        remove(path)
+
+    monkeypatch.setattr(work, "_remove", stop)
+    monkeypatch.setattr(work.WorkFolder, "_leave", lambda *_: None)  # a kill leaves no time for it
+    for _ in range(20):
+        with contextlib.suppress(Killed):
+            compress(tiny_llama_folder, output, settings, device="cpu", resume=True)
+            break
+        assert weights(output) == expected
+    assert {"sections", "manifest.json"} < set(removed)
+    assert removed[-1] == work.WHOLE
+    assert weights(output) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_kit.linalg import factor
 from lowrank_kit.linalg.factor import (
+    ROWS,
     Factors,
     anchored_target,
     ridged,
@@ -215,6 +216,15 @@ def test_weighted_error_is_that_of_the_outputs(shape: tuple[int, int], tokens: i
         assert weighted_error(W, other, X @ X.mT) == pytest.approx(on_outputs.item(), rel=3e-6)
         assert weighted_error(W, other) == pytest.approx(on_weights.item(), rel=3e-6)
     assert weighted_error(W, W, X @ X.mT) == weighted_error(W, W) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(2 * ROWS + 7, 20), (20, 2 * ROWS + 7), (3, ROWS + 1, ROWS + 1)])
+def test_weighted_error_of_more_than_is_gone_through_at_once(shape: tuple[int, ...]) -> None:
+    W, other = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    X = torch.randn(*shape[:-2], shape[-1], 30, dtype=torch.float64)
+    on_outputs, on_weights = ((other - W) @ X).norm() / (W @ X).norm(), (other - W).norm() / W.norm()
+    assert weighted_error(W, other, X @ X.mT) == pytest.approx(on_outputs.item(), rel=1e-5)
+    assert weighted_error(W, other) == pytest.approx(on_weights.item(), rel=1e-5)
 
 
 def test_weighted_error_of_no_outputs() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.stored import StoredMatrix, sources_by_parameter
+from lowrank_kit.device import return_fragments
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.matrices import find_matrices
 
@@ -67,6 +68,7 @@ class PartialModel:
             yield
         finally:
             self.forget(names)
+            return_fragments()
 
     def fill(self, names: Iterable[str]) -> None:
         """Read weights; what is tied to one of them is filled with it. Those that are there stay as they are."""

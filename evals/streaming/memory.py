@@ -34,7 +34,7 @@ from lowrank_kit.report.files import write_json
 HERE = Path(__file__).parent
 MODEL = {
     "vocab_size": 8192,
-    "hidden_size": 1536,
+    "hidden_size": 768,
     "intermediate_size": 4096,
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
@@ -62,7 +62,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="folder on a disk with 25 GB free")
-    parser.add_argument("--blocks", type=int, default=79)
+    parser.add_argument("--blocks", type=int, default=182)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results-memory.json")
     arguments = parser.parse_args()

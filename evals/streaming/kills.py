@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results-kills.json")
     arguments = parser.parse_args()
-    chance, cases = random.Random(arguments.seed), []
+    chance = random.Random(arguments.seed)
+    cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(Path(scratch) / "dense", max_shard_bytes=500_000, **MODEL)
         for way, options in WAYS.items():

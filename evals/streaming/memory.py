@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from models import MAX_BYTES, make_model
 
 from lowrank_kit.checkpoint.folder import Checkpoint
@@ -68,11 +67,11 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.scratch / f"memory-{os.getpid()}"
     try:
-        models = [
+        small, dense = (
             make_model(folder / name, max_shard_bytes=SETTINGS["max_shard_bytes"], num_hidden_layers=blocks, **config)
             for name, blocks, config in (("small", 2, SMALL_MODEL), ("dense", arguments.blocks, MODEL))
-        ]
-        found = measure(*models, folder, arguments.threads)
+        )
+        found = measure(small, dense, folder, arguments.threads)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_json(arguments.output, {**found, "environment": environment()})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -99,3 +101,38 @@ def test_limits_of_cgroups_are_those_of_the_process_and_of_all_above(version: in
 def test_the_speed_of_products_is_measured() -> None:
     # Any computer of this century does more than 0.1 and less than 10^5 GFLOP/s.
     assert 1e8 < product_flops(torch.device("cpu"), torch.float32) < 1e14
+
+
+FREED = """
+import torch
+from lowrank_kit.device import return_fragments, return_freed_memory
+
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+def fill_and_free(count, numbers):
+    freed, kept = [], []
+    for _ in range(count):
+        freed.append(torch.ones(numbers))
+        kept.append(torch.ones(2**8))
+    return kept
+
+return_freed_memory()
+torch.ones(30 * 2**18)  # what is smaller than one that was freed, glibc keeps
+before, kept = resident(), [fill_and_free(20, 5 * 2**18)]
+large = resident() - before
+kept.append(fill_and_free(2000, 2**14))
+kept_by_glibc = resident() - before
+return_fragments()
+print(large, kept_by_glibc, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """100 MB in tensors of 5 MB at once, and 130 MB in tensors of 64 kB when asked for; others are in between."""
+    large, before, after = map(int, subprocess.check_output([sys.executable, "-c", FREED], text=True).split())
+    assert large < 2 * 10**7
+    assert before > 10**8
+    assert after < 3 * 10**7

@@ -27,7 +27,8 @@ from models import MAX_BYTES, make_model
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 MODEL = {
     "vocab_size": 2048,
     "hidden_size": 96,
@@ -148,7 +149,7 @@ class Case:
         """The command, on one thread: on how many decides the last bits of a product."""
         words = [*self.words, *(["--resume"] if resume else [])]
         surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(words, env=surroundings, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(words, cwd=ROOT, env=surroundings, stdout=subprocess.DEVNULL)
 
     def stage(self) -> str:
         """What was there when the kill came."""

@@ -30,7 +30,8 @@ from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 MODEL = {
     "vocab_size": 8192,
     "hidden_size": 768,
@@ -65,13 +66,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results-memory.json")
     arguments = parser.parse_args()
-    folder = arguments.scratch / f"memory-{os.getpid()}"
+    folder = arguments.scratch.resolve() / f"memory-{os.getpid()}"
     try:
-        small, dense = (
+        small, model = (
             make_model(folder / name, max_shard_bytes=SETTINGS["max_shard_bytes"], num_hidden_layers=blocks, **config)
             for name, blocks, config in (("small", 2, SMALL_MODEL), ("dense", arguments.blocks, MODEL))
         )
-        found = measure(small, dense, folder, arguments.threads)
+        found = measure(small, model, folder, arguments.threads)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_json(arguments.output, {**found, "environment": environment()})
@@ -82,7 +83,7 @@ def measure(small: Path, model: Path, folder: Path, threads: int) -> dict[str, A
     bound = bound_of(model)
     print(json.dumps(bound, indent=1), flush=True)
     surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    idle = int(subprocess.check_output([sys.executable, "-c", IDLE], env=surroundings)) * 1024
+    idle = int(subprocess.check_output([sys.executable, "-c", IDLE], cwd=ROOT, env=surroundings)) * 1024
     without_model = watched(small, folder / "small-run", surroundings)["peak"]
     run = watched(model, folder / "run", surroundings)
     own = run["peak"] - without_model
@@ -130,7 +131,7 @@ def watched(model: Path, folder: Path, surroundings: dict[str, str]) -> dict[str
     """Seconds, peaks of memory and disk, and the peak when each section was done."""
     folder.mkdir()
     words = command(model, folder)
-    started, process = time.perf_counter(), subprocess.Popen(words, env=surroundings)
+    started, process = time.perf_counter(), subprocess.Popen(words, cwd=ROOT, env=surroundings)
     found: dict[str, Any] = {"peak": 0, "anonymous": 0, "files": 0, "disk": 0}
     log, sections = folder / "out.partial" / "progress.jsonl", {}
     while process.poll() is None:

@@ -156,8 +156,8 @@ def _fingerprint(
         "files": {CONFIG_FILE: config, **hashes},
         "settings": to_dict(settings),
         "texts": {} if texts is None else {name: blocks.sha256 for name, blocks in texts.sets.items()},
-        # The order of sums over the text goes by the processes, and shows in the last digits.
-        "run": {**run, "processes": num_processes()},
+        # The order of sums goes by the processes and their threads, and shows in the last digits.
+        "run": {**run, "processes": num_processes(), "threads": torch.get_num_threads()},
         "versions": {name: found[name] for name in versions},
     }
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.partial import PartialModel
-from lowrank_kit.compression import run, work
+from lowrank_kit.compression import fold, run, work
 from lowrank_kit.compression.calibration import calibrate
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
@@ -319,6 +319,37 @@ def test_one_block_at_a_time_is_in_memory(
     assert not any({"lm_head.weight", "model.embed_tokens.weight"} <= there for there in filled)
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set().union(*filled)
     assert all(p.is_meta for p in models[-1].parameters())
+
+
+@pytest.mark.parametrize(("way", "there"), [("loss", False), ("anchored", True)])
+def test_dense_weights_are_not_there_while_they_are_cut(
+    way: str,
+    there: bool,
+    tiny_llama_folder: Path,
+    text_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But where the block is run between one matrix and the next; and never while errors are found."""
+    seen: dict[str, set[bool]] = {"_cut": set(), "errors_of": set()}
+    chains: list[Any] = []
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            if isinstance(args[0], fold.Fold):
+                chains.append(args[0].chain)
+            seen[name].add(any(not p.is_meta for p in chains[-1].block(0).parameters()))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watching)
+
+    watch(fold.Fold, "_cut")
+    watch(fold, "errors_of")
+    compress(tiny_llama_folder, tmp_path / "out", settings_of(way, text_file), device="cpu")
+    assert (True in seen["_cut"]) == there
+    assert seen["errors_of"] == {False}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

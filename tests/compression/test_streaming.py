@@ -268,6 +268,14 @@ def test_another_setting_is_refused_with_the_difference(stopped: Path, tiny_llam
     assert sorted(stopped.parent.rglob("*")) == before
 
 
+def test_other_numbers_of_threads_are_refused(
+    stopped: Path, tiny_llama_folder: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(UsageError, match=r"run, threads: \d+ -> 77"):
+        compress(tiny_llama_folder, stopped, settings_of("whiten", text_file), device="cpu", resume=True)
+
+
 def test_another_model_is_refused(stopped: Path, tiny_llama_folder: Path, text_file: str, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_llama_folder, other)

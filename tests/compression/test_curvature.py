@@ -23,14 +23,15 @@ def plain_matrices(model: nn.Module) -> list[Matrix]:
 
 
 def drawn(model: PreTrainedModel, seed: int) -> Tensor:
-    """The tokens that `output_grams` draws, [N, T]."""
-    generator = torch.Generator().manual_seed(seed)
+    """The tokens that `output_grams` draws, [N, T]: those of a sequence by its number, whatever the batches."""
+    generator = torch.Generator()
+    with torch.no_grad():
+        p_NTV = model(input_ids=IDS, use_cache=False).logits.log_softmax(-1).exp()
     parts = []
-    for ids in IDS.split(BATCH):
-        with torch.no_grad():
-            p_NV = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1).exp()
-        parts.append(torch.multinomial(p_NV, 1, generator=generator).view(ids.shape))
-    return torch.cat(parts)
+    for number, p_TV in enumerate(p_NTV):
+        generator.manual_seed(seed + 1_000_003 * number)
+        parts.append(torch.multinomial(p_TV, 1, generator=generator).flatten())
+    return torch.stack(parts)
 
 
 def gradients(model: PreTrainedModel, names: list[str], targets: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@
 
 Two ways of compressing, each in memory and with --spill: 20 kills (SIGKILL) each. The time of a kill is drawn between
 the beginning of the work and the end of an undisturbed run; a command that ends before its kill is compared, and a new
-output is begun. Results are in results-kills.json, with what was there when the kill came.
+output is begun. Results are in results-kills.json, with what was there when the kill came. The checkout must stay as it
+is meanwhile: a run goes on only with the commit that it was begun with.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     cases: list[dict[str, Any]] = []
+    settings = {"model": MODEL, "common": COMMON, "ways": WAYS, "seed": arguments.seed, "threads": 1}
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(Path(scratch) / "dense", max_shard_bytes=500_000, **MODEL)
         for way, options in WAYS.items():
@@ -74,8 +76,7 @@ def main() -> None:
                 cases.append({"way": way, "spill": spilled, **case.study(arguments.kills, chance)})
                 print(cases[-1], flush=True)
                 shutil.rmtree(folder)
-    settings = {"model": MODEL, "common": COMMON, "ways": WAYS, "seed": arguments.seed, "threads": 1}
-    write_json(arguments.output, {**settings, "cases": cases, "environment": environment()})
+                write_json(arguments.output, {**settings, "cases": cases, "environment": environment()})
 
 
 class Case:

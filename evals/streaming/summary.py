@@ -1,6 +1,6 @@
 """Print the tables of the README from the results that there are.
 
-python evals/streaming/table.py
+python evals/streaming/summary.py
 """
 
 from __future__ import annotations

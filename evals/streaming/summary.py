@@ -38,7 +38,8 @@ def memory_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
         "disk beside the source": found["disk"],
     }
     rows = [{"": name, "bytes": amount(value)} for name, value in values.items()]
-    return [*rows, {"": "seconds", "bytes": f"{found['seconds']:,.0f}"}]
+    seconds = found["seconds"]
+    return [*rows, {"": "seconds", "bytes": "not taken" if seconds is None else f"{seconds:,.0f}"}]
 
 
 def pace_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

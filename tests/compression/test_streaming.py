@@ -153,12 +153,14 @@ def test_killed_by_a_signal_it_goes_on(
 ) -> None:
     settings = settings_of("all", text_file)
     script = (
-        "import sys, json\nfrom lowrank_kit.compression.run import compress\n"
+        "import sys, json, torch\nfrom lowrank_kit.compression.run import compress\n"
         "from lowrank_kit.compression.settings import CompressSettings\n"
+        "torch.set_num_threads(int(sys.argv[4]))  # it is part of what a run must agree on to be gone on with\n"
         "compress(sys.argv[1], sys.argv[2], CompressSettings(**json.loads(sys.argv[3])), device='cpu')"
     )
     given = json.dumps({"keep": 0.5, "text": text_file} | SMALL | WAYS["all"])
-    process = subprocess.Popen([sys.executable, "-c", script, str(tiny_llama_folder), str(tmp_path / "out"), given])
+    arguments = [str(tiny_llama_folder), str(tmp_path / "out"), given, str(torch.get_num_threads())]
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments])
     sections = tmp_path / "out.partial" / "sections"
     waiting = threading.Event()
     while process.poll() is None and not any(sections.glob("*.safetensors")):

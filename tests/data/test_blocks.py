@@ -117,6 +117,7 @@ def test_documents_longer_than_the_context_give_no_warning(
     # transformers warns once per tokenizer, and keeps its log from the root logger.
     fresh = train_tokenizer([documents[0].text], 300, model_max_length=16)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")  # other tests may have quietened it
     token_blocks(documents, fresh, 16)
     assert not caplog.records
     fresh(documents[0].text)

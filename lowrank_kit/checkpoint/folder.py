@@ -216,7 +216,7 @@ def refuse_non_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None
     if count := non_finite(tensor):
         raise LowRankError(
             f"{checkpoint.path}: NaN or Inf in {name}: {count:,} of {tensor.numel():,} numbers",
-            hint="train or download the model again; nothing was written",
+            hint="train or download the model again",
         )
 
 

@@ -75,11 +75,6 @@ class ShardFile:
     headers: tuple[TensorHeader, ...]
 
 
-def read_headers(folder: Path | str) -> dict[str, TensorHeader]:
-    """Tensor name -> header, of what `read_shards` reads and in its order."""
-    return headers_by_name(read_shards(folder).values())
-
-
 def headers_by_name(shards: Iterable[ShardFile]) -> dict[str, TensorHeader]:
     """Tensor name -> header, shard by shard."""
     return {header.name: header for shard in shards for header in shard.headers}

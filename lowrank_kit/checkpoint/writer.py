@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,16 +169,6 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[tuple[str, Tensor]
             del tensor  # before the next one is made
         if missing:
             raise ValueError(f"{path}: {len(missing)} of {len(planned)} tensors are missing, first {min(missing)}")
-
-
-def is_written(folder: Path, shard: Shard) -> bool:
-    """Whether the file of a shard is there and whole, by its size and its header; no tensor is read."""
-    header = file_header(shard.headers, shard.metadata)
-    try:
-        with (folder / shard.file).open("rb") as stream:
-            return os.fstat(stream.fileno()).st_size == shard.nbytes and stream.read(len(header)) == header
-    except OSError:
-        return False
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank_kit.checkpoint.stacks import StoredStack, Unit
 from lowrank_kit.checkpoint.writer import TensorSpec, tensor_bytes
 from lowrank_kit.layers import STACKED
-from lowrank_kit.linalg.factor import Factors, weighted_error
+from lowrank_kit.linalg.factor import Factors
 from lowrank_kit.linalg.pivot import Pivoted, pivot
 
 
@@ -47,12 +47,6 @@ class Form:
         """What is written of B A, in the order of `tensors`: numbers rounded to `dtype`, an index as it is."""
         parts = [part.to(dtype) if part.is_floating_point() else part for part in self.split(factors)]
         return [*parts, *(torch.zeros(size, dtype=dtype, device=factors.A.device) for size in self.sentinels)]
-
-    def rounding_error(self, factors: Factors, dtype: torch.dtype, gram_II: Tensor | None = None) -> float:
-        """What rounding to `dtype` costs in this form: weighted error of B A as it is stored, relative to B A."""
-        parts = self.stored(factors, dtype)[: -len(self.sentinels)]
-        rounded = [part.to(factors.A.dtype) if part.is_floating_point() else part for part in parts]
-        return weighted_error(factors.dense(), self.join(*rounded), gram_II)
 
 
 def _factors(path: str, dtype: str, shape: tuple[int, int], rank: int) -> list[TensorSpec]:

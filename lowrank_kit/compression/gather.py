@@ -5,7 +5,7 @@ Shape legend: N tokens, I in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +18,11 @@ from lowrank_kit.checkpoint.stacks import StoredStack, Unit
 from lowrank_kit.compression import team
 from lowrank_kit.compression.calibration import Calibration, timed
 from lowrank_kit.compression.chain import Chain, read_input
-from lowrank_kit.compression.experts import expert_grams, fill_up, stacks_of
+from lowrank_kit.compression.experts import expert_grams
 from lowrank_kit.compression.flow import Flow
 from lowrank_kit.compression.sections import Section
-from lowrank_kit.compression.statistics import adder, reading
+from lowrank_kit.compression.statistics import MORE_TEXT, gathering_inputs
 from lowrank_kit.compression.streams import Stream
-from lowrank_kit.compression.team import sum_grams
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirror_, zero_gram
 from lowrank_kit.matrices import Matrix
@@ -31,7 +30,6 @@ from lowrank_kit.processes import summed
 
 # Sequences at a time where logits are made: those of a large vocabulary take more than anything else.
 HEAD_BATCH = 1
-_MORE_TEXT = "more text: --calibration-blocks; or --objective plain, which needs none"
 
 
 @dataclass(frozen=True)
@@ -47,80 +45,20 @@ class Grams:
     check: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def grams_while(
-    run: Callable[[], None], owner: nn.Module, matrices: Iterable[Matrix], prefix: str, *, filled: bool = True
-) -> dict[str, Tensor]:
-    """Grams of the inputs of matrices while something runs.
-
-    Args:
-        run: what runs.
-        owner: module that holds the matrices.
-        matrices: whose inputs are wanted; those that share one have one Gram; experts of a weight all together.
-        prefix: of the matrices' names, before their path in the owner.
-        filled: whether experts with few tokens are given average ones, see `fill_up`.
-
-    Raises:
-        LowRankError: NaN or Inf in an input, or an input that is never read.
-    """
-    wanted = {matrix.shares_input: matrix for matrix in matrices}
-    grams: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    hooks = {
-        matrix.name.removeprefix(prefix): adder(grams, key, f"the input of {matrix.name}", counts)
-        for key, matrix in wanted.items()
-    }
-    with reading(owner, hooks):
-        run()
-    sum_grams(grams, counts, {key: matrix.shape[1] for key, matrix in wanted.items()}, device_of(owner))
-    for keys in stacks_of(wanted):
-        fill_up(grams, counts, keys, wanted[keys[0]], filled=filled)
-    return collected(grams, {key: matrix.name for key, matrix in wanted.items()})
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where the weights of a module are that are there."""
-    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-
-
-def collected(grams: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, Tensor]:
-    """Whole Grams on the CPU, of those whose upper triangle has been gathered.
-
-    Args:
-        grams: key -> Gram.
-        wanted: key of each that has to be there -> name of its matrix.
-
-    Raises:
-        LowRankError: one is not there.
-    """
-    if unread := [name for key, name in wanted.items() if key not in grams]:
-        raise LowRankError(
-            f"the calibration text does not reach {unread[0]}, nor {len(unread) - 1} others of {len(wanted)}",
-            hint=_MORE_TEXT,
-        )
-    return {key: mirror_(gram).cpu() for key, gram in grams.items()}
-
-
 def grams_before(chain: Chain, matrices: Iterable[Matrix], ids_NT: Tensor) -> dict[str, Tensor]:
     """Grams of matrices that are run before the first block."""
-
-    def run() -> None:
+    with chain.entering(), torch.no_grad(), gathering_inputs(chain.model, matrices) as grams:
         for _ in chain.enter(ids_NT):
             pass
-
-    with chain.entering(), torch.no_grad():
-        return grams_while(run, chain.model, matrices, "")
+    return grams
 
 
 def grams_after(chain: Chain, matrices: Iterable[Matrix], ids_NT: Tensor, stream: Stream) -> dict[str, Tensor]:
     """Grams of matrices that are run after the last block, for the streams that it gave."""
-
-    def run() -> None:
-        with torch.no_grad():
-            for rows, batch in stream.batches(HEAD_BATCH):
-                chain.leave(ids_NT[rows], batch)
-
-    with chain.leaving():
-        return grams_while(run, chain.model, matrices, "")
+    with chain.leaving(), torch.no_grad(), gathering_inputs(chain.model, matrices) as grams:
+        for rows, batch in stream.batches(HEAD_BATCH):
+            chain.leave(ids_NT[rows], batch)
+    return grams
 
 
 def loss_after(chain: Chain, ids_NT: Tensor, stream: Stream) -> float:
@@ -155,7 +93,7 @@ def in_order(chain: Chain, section: Section, block: nn.Module, stream: Stream) -
             stack.callback(module.register_forward_pre_hook(lambda *_, key=key: seen.append(key)).remove)
         chain.run(section.index - 1, block, stream.rows(slice(0, chain.batch_size)))
     if unread := [group[0].matrix.name for key, group in groups.items() if key not in seen]:
-        raise LowRankError(f"the calibration text does not reach {unread[0]}", hint=_MORE_TEXT)
+        raise LowRankError(f"the calibration text does not reach {unread[0]}", hint=MORE_TEXT)
     return [groups[key] for key in dict.fromkeys(seen)]
 
 
@@ -250,9 +188,13 @@ class Gathering:
         index, stays = section.index - 1, text == "calibration" and self.sequential
         move = partial(self.flow.peek if stays else self.flow.run_dense, text, index, block)
         if self.calibration is None:
-            with timed(self.seconds, "grams"):
-                filled = text == "calibration"
-                return grams_while(move, block, section.matrices, section.prefix, filled=filled)
+            filled = text == "calibration"
+            with (
+                timed(self.seconds, "grams"),
+                gathering_inputs(block, section.matrices, section.prefix, filled=filled) as grams,
+            ):
+                move()
+            return grams
         if text in self.flow.dense and not stays:
             move()
         known: Mapping[str, Tensor] = getattr(self.known(section), text)

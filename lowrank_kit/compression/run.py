@@ -102,22 +102,25 @@ def compress(
             if expected is not None:
                 logger.info("forecast: +%.3g nats per token, within a factor of %g (%s)", *expected.values())
             kept = job.fold(plan, folder)
+        told = {"choice": choice.record(), "forecast": expected}
+        return on_first(lambda: _finish(job, plan, kept, str(model), told, device=device, dtype=dtype))
 
-        def finish() -> dict[str, Any]:
-            made = kept.as_made(plan)
-            _write(made, kept, work.result)
-            report = make_report(made, str(model), job.texts, kept, job.seconds, device=device, dtype=dtype)
-            report |= {"choice": choice.record(), "forecast": expected}
-            write_documents(work.result, made, report)
-            if report["check"] is not None:
-                report["check"] |= _losses(report["check"], job, work.result, where, number)
-                write_documents(work.result, made, report)
-            if work.log.exists():
-                shutil.copyfile(work.log, work.result / LOG_FILE)
-            work.finish()
-            return report
 
-        return on_first(finish)
+def _finish(
+    job: Job, plan: Plan, kept: Kept, model: str, told: Mapping[str, Any], *, device: str, dtype: str
+) -> dict[str, Any]:
+    """Write the result with its report and give it its name; `told` is in the report, too."""
+    work, made = job.work, kept.as_made(plan)
+    _write(made, kept, work.result)
+    report = make_report(made, model, job.texts, kept, job.seconds, device=device, dtype=dtype) | told
+    write_documents(work.result, made, report)
+    if report["check"] is not None:
+        report["check"] |= _losses(report["check"], job, work.result, resolve_dtype(dtype))
+        write_documents(work.result, made, report)
+    if work.log.exists():
+        shutil.copyfile(work.log, work.result / LOG_FILE)
+    work.finish()
+    return report
 
 
 def _check_disk(
@@ -205,13 +208,11 @@ def _filler(plan: Plan, kept: Kept) -> Callable[[Shard], Iterator[tuple[str, Ten
     return fill
 
 
-def _losses(
-    known: Mapping[str, float], job: Job, folder: Path, device: torch.device, dtype: torch.dtype | str
-) -> dict[str, float]:
+def _losses(known: Mapping[str, float], job: Job, folder: Path, dtype: torch.dtype | str) -> dict[str, float]:
     """Losses on the check text that folding has not told, or that are of what refinement has changed since."""
     found = {} if job.calibration is None else {"loss_dense": job.calibration.check_loss}
     if "loss_compressed" not in known or job.settings.refine in ("e2e", "both"):
         assert job.texts is not None
-        model = load_model(Checkpoint.open(folder), device=device, dtype=dtype)
+        model = load_model(Checkpoint.open(folder), device=job.device, dtype=dtype)
         found["loss_compressed"] = mean_loss(model, job.texts.check, batch_size=job.settings.batch_size)
     return found

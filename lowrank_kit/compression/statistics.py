@@ -20,6 +20,7 @@ from lowrank_kit.checkpoint.stacks import Unit
 from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.compression.experts import fill_up, stacks_of, watching
 from lowrank_kit.compression.objectives import Statistics
+from lowrank_kit.compression.team import sum_grams
 from lowrank_kit.data.blocks import IGNORED, TokenBlocks
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.linalg.gram import add_gram_, at_least_float32, mirror_, zero_gram
@@ -27,7 +28,7 @@ from lowrank_kit.matrices import Matrix
 
 # Between the seeds of two sequences.
 _SEEDS = 1_000_003
-_MORE_TEXT = "more text: --calibration-blocks; or --objective plain, which needs none"
+MORE_TEXT = "more text: --calibration-blocks; or --objective plain, which needs none"
 
 
 def input_grams(
@@ -53,43 +54,106 @@ def input_grams(
     matrices = list(matrices)
     inside = set(model.base_model.modules())
     headless = all(model.get_submodule(matrix.parameter.rpartition(".")[0]) in inside for matrix in matrices)
-    with _adding(model, matrices) as grams, torch.inference_mode():
+    with gathering_inputs(model, matrices, shared_out=False) as grams, torch.no_grad():
         for ids in _batches(model, blocks, batch_size, "calibration"):
             (model.base_model if headless else model)(input_ids=ids, use_cache=False)
-    return _whole(grams)
+    return grams
 
 
 def input_grams_and_loss(
     model: PreTrainedModel, matrices: Iterable[Matrix], blocks: TokenBlocks, *, batch_size: int = 8
 ) -> tuple[dict[str, Tensor], float]:
     """`input_grams`, of experts what they really read, and `mean_loss` in one pass."""
-    with _adding(model, matrices, filled=False) as grams:
+    with gathering_inputs(model, matrices, filled=False, shared_out=False) as grams:
         loss = mean_loss(model, blocks, batch_size=batch_size)
-    return _whole(grams), loss
+    return grams, loss
 
 
 @contextmanager
-def _adding(model: PreTrainedModel, matrices: Iterable[Matrix], *, filled: bool = True) -> Iterator[dict[str, Tensor]]:
-    """Inside, the inputs of the matrices are added to the Grams that it gives; all are there afterwards."""
+def gathering_inputs(
+    owner: nn.Module, matrices: Iterable[Matrix], prefix: str = "", *, filled: bool = True, shared_out: bool = True
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, no inference mode, the inputs that matrices read are gathered; afterwards their Grams are there.
+
+    Args:
+        owner: module that holds the matrices.
+        matrices: whose inputs are wanted; experts of a weight all together.
+        prefix: of the matrices' names, before their path in the owner.
+        filled: whether experts with few tokens are given average ones, see `fill_up`.
+        shared_out: whether each process runs its share of the text, so that Grams are summed over them.
+
+    Returns:
+        As `input_grams`.
+
+    Raises:
+        LowRankError: NaN or Inf in an input, or an input that is never read.
+    """
     wanted = {matrix.shares_input: matrix for matrix in matrices}
-    readers = {key: matrix.name for key, matrix in wanted.items()}
-    grams: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    with reading(model, {name: adder(grams, key, f"the input of {name}", counts) for key, name in readers.items()}):
+    grams, counts, hooks = _adders(wanted, "the input of", prefix)
+    with reading(owner, hooks):
         yield grams
+    if shared_out:
+        sum_grams(grams, counts, {key: matrix.shape[1] for key, matrix in wanted.items()}, device_of(owner))
     for keys in stacks_of(wanted):
         fill_up(grams, counts, keys, wanted[keys[0]], filled=filled)
-    unread = [name for key, name in readers.items() if key not in grams]
-    if unread:
+    _make_whole(grams, wanted, "inputs")
+
+
+@contextmanager
+def gathering_gradients(
+    owner: nn.Module, matrices: Iterable[Matrix], tokens: int, prefix: str = "", *, shared_out: bool = True
+) -> Iterator[dict[str, Tensor]]:
+    """As `gathering_inputs`, of the gradients that backward passes inside give by the outputs of matrices.
+
+    Args:
+        owner, matrices, prefix, shared_out: as there.
+        tokens: of the text, on all processes.
+
+    Returns:
+        As `output_grams`.
+
+    Raises:
+        LowRankError: NaN or Inf in a gradient, or an output without one.
+    """
+    wanted = {matrix.name: matrix for matrix in matrices}
+    grams, counts, hooks = _adders(wanted, "the gradient of", prefix)
+    with ExitStack() as stack:
+        for name, hook in stack.enter_context(watching(owner, hooks, "gradients")).items():
+            stack.callback(owner.get_submodule(name).register_forward_hook(_by_output(hook)).remove)
+        yield grams
+    if shared_out:
+        sum_grams(grams, counts, {name: matrix.shape[0] for name, matrix in wanted.items()}, device_of(owner))
+    for keys in stacks_of(wanted):
+        fill_up(grams, counts, keys, wanted[keys[0]], outputs_of=tokens)
+    _make_whole(grams, wanted, "outputs")
+
+
+def _adders(
+    wanted: Mapping[str, Matrix], what: str, prefix: str
+) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Callable[[Tensor], None]]]:
+    """Grams and counts of tokens by the key of a matrix, still empty, and by path in the owner what adds to them."""
+    grams: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = {
+        matrix.name.removeprefix(prefix): adder(grams, key, f"{what} {matrix.name}", counts)
+        for key, matrix in wanted.items()
+    }
+    return grams, counts, hooks
+
+
+def _make_whole(grams: dict[str, Tensor], wanted: Mapping[str, Matrix], what: str) -> None:
+    if unread := [matrix.name for key, matrix in wanted.items() if key not in grams]:
         raise LowRankError(
-            f"the calibration text reached {len(readers) - len(unread)} of {len(readers)} inputs, not {unread[0]}",
-            hint=_MORE_TEXT,
+            f"the calibration text reached {len(wanted) - len(unread)} of {len(wanted)} {what}, not {unread[0]}",
+            hint=MORE_TEXT,
         )
+    for key, gram in grams.items():
+        grams[key] = mirror_(gram).cpu()
 
 
-def _whole(grams: dict[str, Tensor]) -> dict[str, Tensor]:
-    # A tensor made in inference mode cannot be changed outside of it.
-    return {key: mirror_(gram.clone()).cpu() for key, gram in grams.items()}
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weights of a module are that are there."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def output_grams(
@@ -112,21 +176,10 @@ def output_grams(
     Raises:
         LowRankError: NaN or Inf in the logits or a gradient, or no gradient at all, with the matrix named.
     """
-    wanted = {matrix.name: matrix for matrix in matrices}
-    names = list(wanted)
-    grams: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    with _gradients_of(model, {name: adder(grams, name, f"the gradient of {name}", counts) for name in names}):
+    with _activations_alone(model), gathering_gradients(model, matrices, blocks.num_tokens, shared_out=False) as grams:
         for first, ids in enumerate(_batches(model, blocks, batch_size, "curvature")):
             sampled_loss(model, model(input_ids=ids, use_cache=False).logits, seed, first * batch_size).backward()
-    for keys in stacks_of(wanted):
-        fill_up(grams, counts, keys, wanted[keys[0]], outputs_of=blocks.num_tokens)
-    missing = [name for name in names if name not in grams]
-    if missing:
-        raise LowRankError(
-            f"no gradient reached {len(missing)} of {len(names)} matrices, first {missing[0]}", hint=_MORE_TEXT
-        )
-    return _whole(grams)
+    return grams
 
 
 def sampled_loss(model: PreTrainedModel, logits_BTV: Tensor, seed: int, first: int) -> Tensor:
@@ -164,7 +217,7 @@ def mean_loss(model: PreTrainedModel, blocks: TokenBlocks, *, batch_size: int = 
         LowRankError: it is not finite.
     """
     total = 0.0
-    with in_evaluation(model), torch.inference_mode():
+    with in_evaluation(model), torch.no_grad():
         for ids in _batches(model, blocks, batch_size, "check"):
             logits_BTV = model(input_ids=ids, use_cache=False).logits
             # The last token of a sequence predicts none; its label is left out, so that the logits are not copied.
@@ -263,20 +316,10 @@ def _first_argument(hook: Callable[[Tensor], None]) -> Any:
 
 
 @contextmanager
-def reading_gradients(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Inside, a backward pass gives each hook the gradient by the output of the module, or expert, of its name."""
-    with ExitStack() as stack:
-        for name, hook in stack.enter_context(watching(model, hooks, "gradients")).items():
-            stack.callback(model.get_submodule(name).register_forward_hook(_by_output(hook)).remove)
-        yield
-
-
-@contextmanager
-def _gradients_of(model: PreTrainedModel, hooks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Inside, a backward pass gives each hook the gradient by the output of the module of its name, and no other."""
+def _activations_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a backward pass makes gradients from the embeddings' output on, and none of parameters."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
-        stack.enter_context(reading_gradients(model, hooks))
         stack.callback(model.get_input_embeddings().register_forward_hook(_start_of_graph).remove)
         stack.enter_context(in_evaluation(model))
         try:

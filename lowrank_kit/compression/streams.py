@@ -55,10 +55,6 @@ class Stream(ABC):
         """
 
     @abstractmethod
-    def copy(self, name: str) -> Stream:
-        """The same states once more, under another name."""
-
-    @abstractmethod
     def settle(self) -> None:
         """Give up what the states were at earlier places."""
 
@@ -94,8 +90,8 @@ class Held(Stream):
             self.states[rows] = block(batch)
         return self
 
-    def copy(self, name: str) -> Stream:
-        """In memory of its own."""
+    def copy(self) -> Held:
+        """The same states once more."""
         return Held(self.states.clone())
 
     def settle(self) -> None:
@@ -149,11 +145,6 @@ class Spilled(Stream):
         """A new file; the old one stays until `settle`, so that a run that is killed can go on from it."""
         after = Spilled(self.folder, self.name, place, self.shape, self.dtype)
         return after.write(block(batch) for _, batch in self.batches(size))
-
-    def copy(self, name: str) -> Stream:
-        """In a file of its own."""
-        other = Spilled(self.folder, name, self.place, self.shape, self.dtype)
-        return other.write(batch for _, batch in self.batches(1))
 
     def settle(self) -> None:
         """Remove the files of earlier places."""

@@ -20,15 +20,14 @@ from lowrank_kit.compression.allocation import Evidence
 from lowrank_kit.compression.calibration import dense_objective
 from lowrank_kit.compression.chain import Chain
 from lowrank_kit.compression.evidence import finite_weights
-from lowrank_kit.compression.experts import fill_up, stacks_of
-from lowrank_kit.compression.gather import HEAD_BATCH, collected, grams_while
+from lowrank_kit.compression.gather import HEAD_BATCH
 from lowrank_kit.compression.objectives import OBJECTIVES, Statistics
 from lowrank_kit.compression.progress import Progress
 from lowrank_kit.compression.sections import AFTER, BEFORE, Section
 from lowrank_kit.compression.settings import CompressSettings
-from lowrank_kit.compression.statistics import adder, reading_gradients, sampled_loss, statistics_of
+from lowrank_kit.compression.statistics import gathering_gradients, gathering_inputs, sampled_loss, statistics_of
 from lowrank_kit.compression.streams import Held, Stream, new_stream
-from lowrank_kit.compression.team import place_of, share_of, spread, sum_grams
+from lowrank_kit.compression.team import place_of, share_of, spread
 from lowrank_kit.linalg.factor import Factors, tail_scores
 from lowrank_kit.processes import on_first
 
@@ -153,22 +152,24 @@ class Survey:
         grams: dict[str, Tensor] = {}
         if section.stored and not self.files.has(section):
             around = self.chain.entering() if section.path == BEFORE else self.chain.leaving()
-            with around, torch.no_grad():
-                grams = grams_while(run, self.chain.model, section.matrices, section.prefix)
+            with (
+                around,
+                torch.no_grad(),
+                gathering_inputs(self.chain.model, section.matrices, section.prefix) as gathered,
+            ):
+                run()
+            grams = gathered
         self._keep(section, grams, {})
 
     def _through(self, section: Section, stream: Stream) -> Stream:
         """The stream behind a block."""
-        index, block, given = section.index - 1, self.chain.block(section.index - 1), []
-
-        def run() -> None:
-            given.append(self.chain.run_all(index, block, stream))
-
+        index, block = section.index - 1, self.chain.block(section.index - 1)
         if self.files.has(section):
-            run()
-        else:
-            self._keep(section, grams_while(run, block, section.matrices, section.prefix), {})
-        return given[0]
+            return self.chain.run_all(index, block, stream)
+        with gathering_inputs(block, section.matrices, section.prefix) as grams:
+            after = self.chain.run_all(index, block, stream)
+        self._keep(section, grams, {})
+        return after
 
     def _enter(self) -> None:
         for _ in self.chain.enter(self.ids):
@@ -187,7 +188,7 @@ class Survey:
         for section in blocks:
             index = section.index - 1
             with self.chain.inside(index):
-                stream = places[-1].copy(f"survey-{index}") if isinstance(places[-1], Held) else places[-1]
+                stream = places[-1].copy() if isinstance(places[-1], Held) else places[-1]
                 places.append(self.chain.run_all(index, self.chain.block(index), stream))
         gradients = self._gradients_of_head(after, places[-1])
         places.pop().drop()
@@ -248,21 +249,14 @@ class Survey:
         """What `run` gives; Grams of inputs and of gradients are gathered meanwhile, unless that is done."""
         if self.files.has(section):
             return run()
-        outputs: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        hooks = {
-            section.inside(m.name): adder(outputs, m.name, f"the gradient of {m.name}", counts)
-            for m in section.matrices
-        }
-        given: list[Stream] = []
-        with reading_gradients(owner, hooks):
-            grams = grams_while(lambda: given.append(run()), owner, section.matrices, section.prefix)
-        wanted = {matrix.name: matrix for matrix in section.matrices}
-        sum_grams(outputs, counts, {name: matrix.shape[0] for name, matrix in wanted.items()}, self.chain.device)
-        for keys in stacks_of(wanted):
-            fill_up(outputs, counts, keys, wanted[keys[0]], outputs_of=self.tokens)
-        self._keep(section, grams, collected(outputs, {name: name for name in wanted}))
-        return given[0]
+        matrices, prefix = section.matrices, section.prefix
+        with (
+            gathering_gradients(owner, matrices, self.tokens, prefix) as outputs,
+            gathering_inputs(owner, matrices, prefix) as grams,
+        ):
+            after = run()
+        self._keep(section, grams, outputs)
+        return after
 
     # What is kept
 

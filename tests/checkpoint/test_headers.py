@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lowrank_kit.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
+from lowrank_kit.checkpoint.headers import INDEX_FILE, SINGLE_FILE, TensorHeader, headers_by_name, read_shards
 from lowrank_kit.errors import LowRankError, UsageError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def read_headers(folder: Path | str) -> dict[str, TensorHeader]:
+    return headers_by_name(read_shards(folder).values())
 
 
 def raw_file(header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:

@@ -23,6 +23,7 @@ from cli.main import run
 from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.headers import INDEX_FILE
 from lowrank_kit.compression.job import Job
+from tests.compression.folders import weights
 from tests.pages import write_pages
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +51,6 @@ def arguments(model: Path, pages: str, *more: str) -> list[str]:
     output = str(model.parent / "out")
     fixed = ["--block-tokens", "32", "--device", "cpu", "--text", pages, "-o", output]
     return ["compress", str(model), *fixed, *OPTIONS, *more]
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def refused(command: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:
@@ -317,6 +314,7 @@ def test_two_processes_at_one_output(stopped: Path, pages: str, capsys: pytest.C
 AS_NOBODY = """
 import os, sys
 from cli.main import run
+from tests.compression.folders import weights
 *command, new, empty = sys.argv[1:]
 run([*command, new, "--dry-run"])  # all is imported while it can be read
 if os.geteuid() == 0:

@@ -43,16 +43,14 @@ def test_split_and_joined_it_is_the_product(form: str) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_rounding_error_is_that_of_the_rounded_tensors(form: str, weighted: bool) -> None:
+def test_what_rounding_costs(form: str, weighted: bool) -> None:
     factors = factors_of(40, 30, 10)
     X = torch.randn(30, 50, dtype=torch.float64) * torch.logspace(0, -2, 30, dtype=torch.float64)[:, None]
     gram = X @ X.mT if weighted else None
-    assert FORMS[form].rounding_error(factors, torch.float64, gram) < 1e-14
     *rounded, _ = (t.double() if t.is_floating_point() else t for t in FORMS[form].stored(factors, torch.bfloat16))
-    expected = weighted_error(factors.dense(), FORMS[form].join(*rounded), gram)
-    assert FORMS[form].rounding_error(factors, torch.bfloat16, gram) == expected
+    error = weighted_error(factors.dense(), FORMS[form].join(*rounded), gram)
     # bfloat16 has eight bits; the pivoted form is some 2.5 times as far off as two factors.
-    assert 1e-3 < expected < 1e-2
+    assert 1e-3 < error < 1e-2
 
 
 def test_pivoted_takes_more_rank_in_the_same_numbers() -> None:

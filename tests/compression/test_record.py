@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.compression.texts import draw_texts
 from lowrank_kit.evaluation.perplexity import perplexity
+from tests.compression.folders import once, report_of, weights
 
 SMALL: dict[str, Any] = {
     "keep": 0.5,
@@ -47,26 +47,14 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, text_file: str) -> Callable[[str], Path]:
     """`made(way)`: the tiny Llama compressed, once."""
-    root = tmp_path_factory.mktemp("made")
-
-    def folder(way: str) -> Path:
-        if not (root / way).exists():
-            compress(tiny_llama_folder, root / way, settings_of(way, text_file), device="cpu")
-        return root / way
-
-    return folder
+    return once(
+        tmp_path_factory.mktemp("made"),
+        lambda way, folder: compress(tiny_llama_folder, folder, settings_of(way, text_file), device="cpu"),
+    )
 
 
 def settings_of(way: str, text: str, **given: Any) -> CompressSettings:
     return CompressSettings(**(SMALL | {"text": text} | WAYS[way] | given))
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "compression.json").read_text())
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import resource
@@ -26,6 +25,7 @@ from lowrank_kit.data.blocks import token_blocks
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import LowRankLinear, PivotedLinear
+from tests.compression.folders import report_of, weights
 
 BLOCKS, BLOCK_TOKENS = 24, 32
 SMALL: dict[str, Any] = {
@@ -77,10 +77,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, t
     for objective in ("plain", "whiten"):
         compress(tiny_llama_folder, root / objective, settings_for(text_file, objective=objective))
     return {objective: root / objective for objective in ("plain", "whiten")}
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "compression.json").read_text())
 
 
 def test_whiten_is_better_on_outputs_and_both_report_what_they_reach(
@@ -175,14 +171,10 @@ def test_what_else_is_in_the_folder(tiny_llama_folder: Path, tmp_path: Path) -> 
     assert tokenizers[0]("The river").input_ids == tokenizers[1]("The river").input_ids
 
 
-def weights_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
 def test_the_seed_decides_everything(tiny_llama_folder: Path, text_file: str, tmp_path: Path) -> None:
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         compress(tiny_llama_folder, tmp_path / name, settings_for(text_file, seed=seed, max_shard_bytes=40_000))
-    one, again, two = (weights_bytes(tmp_path / name) for name in ("one", "again", "two"))
+    one, again, two = (weights(tmp_path / name) for name in ("one", "again", "two"))
     assert one == again
     assert one.keys() == two.keys()
     assert one != two  # other blocks of the text
@@ -194,7 +186,7 @@ def test_calibrated_once_for_any_keep(tiny_llama_folder: Path, text_file: str, t
         settings = settings_for(text_file, keep=keep)
         compress(tiny_llama_folder, tmp_path / f"once-{keep}", settings, calibration=calibration)
         compress(tiny_llama_folder, tmp_path / f"anew-{keep}", settings)
-        assert weights_bytes(tmp_path / f"once-{keep}") == weights_bytes(tmp_path / f"anew-{keep}")
+        assert weights(tmp_path / f"once-{keep}") == weights(tmp_path / f"anew-{keep}")
     shutil.copytree(tiny_llama_folder, tmp_path / "other")
     with pytest.raises(ValueError, match="the calibration is of"):
         compress(tmp_path / "other", tmp_path / "out", settings_for(text_file), calibration=calibration)

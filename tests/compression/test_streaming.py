@@ -25,6 +25,7 @@ from lowrank_kit.compression.calibration import calibrate
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.errors import LowRankError, UsageError
+from tests.compression.folders import once, report_of, weights
 from tests.families import FAMILIES, build
 
 CPU = torch.device("cpu")
@@ -52,27 +53,15 @@ def settings_of(way: str, text: str, **given: Any) -> CompressSettings:
     return CompressSettings(**asked)
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "compression.json").read_text()))
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(
     tiny_llama_folder: Path, text_file: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """`uninterrupted(way)`: what is to come out, made once."""
-    root = tmp_path_factory.mktemp("uninterrupted")
-
-    def folder(way: str) -> Path:
-        if not (root / way).exists():
-            compress(tiny_llama_folder, root / way, settings_of(way, text_file), device="cpu")
-        return root / way
-
-    return folder
+    return once(
+        tmp_path_factory.mktemp("uninterrupted"),
+        lambda way, folder: compress(tiny_llama_folder, folder, settings_of(way, text_file), device="cpu"),
+    )
 
 
 @pytest.mark.parametrize("way", ["whiten", "lagrange", "loss", "anchored"])

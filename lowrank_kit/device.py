@@ -13,7 +13,7 @@ import torch
 from lowrank_kit.errors import UsageError, did_you_mean
 
 # Of glibc's malloc.h; larger tensors are mapped each by itself, and gone when they are freed.
-M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 4 * 2**20
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 16 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

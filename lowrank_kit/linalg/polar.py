@@ -35,10 +35,10 @@ def newton_schulz(M: Tensor, *, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.d
     Args:
         M: [..., m, n] float.
         steps: number of iterations; 5 leaves singular values in about [0.7, 1.2], which Muon is tuned for.
-        dtype: dtype of the products; None keeps float32 on CPU and takes bfloat16 elsewhere.
+        dtype: dtype of the products; None takes float32 or better on CPU and bfloat16 elsewhere.
 
     Returns:
-        [..., m, n] float32; zero for a zero matrix.
+        [..., m, n] float32 or better; zero for a zero matrix.
 
     Source: Jordan et al., "Muon", 2024. Deviation: float32 on CPU.
     """
@@ -60,10 +60,10 @@ def polar_express(
         M: [..., m, n] float.
         steps: number of iterations; with 6, singular values above `floor` come out within 1 % of 1.
         floor: smallest singular value that matters, relative to |M|_F.
-        dtype: dtype of the products; None keeps float32 on CPU and takes bfloat16 elsewhere.
+        dtype: dtype of the products; None takes float32 or better on CPU and bfloat16 elsewhere.
 
     Returns:
-        [..., m, n] float32; zero for a zero matrix.
+        [..., m, n] float32 or better; zero for a zero matrix.
 
     Source: Amsel, Persson, Musco, Gower, "The Polar Express" (arXiv 2505.16932), theorem 3.1 and section 3.4.
     Deviation: coefficients without the paper's cushion; the safety factor only in bfloat16.
@@ -112,15 +112,15 @@ def _best_quintic(lower: float, upper: float) -> Quintic:
 
 
 def _product_dtype(M: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or (torch.float32 if M.device.type == "cpu" else torch.bfloat16)
+    return dtype or (torch.promote_types(M.dtype, torch.float32) if M.device.type == "cpu" else torch.bfloat16)
 
 
 def _iterate(M: Tensor, quintics: Iterable[Quintic], dtype: torch.dtype | None) -> Tensor:
     """The polynomials, one after the other, of the singular values of M / |M|_F."""
-    wide = peak_scaled(M if M.shape[-2] <= M.shape[-1] else M.mT).float()  # of a norm >= 1
+    wide = peak_scaled(M if M.shape[-2] <= M.shape[-1] else M.mT)  # of a norm >= 1
     X = (wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1)).to(_product_dtype(M, dtype))
     for a, b, c in quintics:
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
-    X = X.float()
+    X = X.to(wide.dtype)
     return X if M.shape[-2] <= M.shape[-1] else X.mT

@@ -123,7 +123,7 @@ def krylov_topk_polar(M: Tensor, k: int, seed: int = 0) -> Tensor:
     side = tall.shape[-1]
     columns = k + KRYLOV_OVERSAMPLING
     if KRYLOV_BLOCKS * columns >= side:
-        return topk_polar(M, k)
+        return topk_polar(M.float(), k)
     block = random_basis(side, columns, seed).to(M.device).expand(*M.shape[:-2], side, columns)
     blocks = []
     for _ in range(KRYLOV_BLOCKS):

@@ -47,7 +47,7 @@ def topk_polar(M: Tensor, k: int) -> Tensor:
         k: number of singular directions, 1 <= k <= S.
 
     Returns:
-        [..., m, n] float32, singular values 0 or 1.
+        [..., m, n] float32 or better, singular values 0 or 1.
 
     Source: NuMuon (arXiv 2603.03597): the linear minimization over {|D|_2 <= 1, |D|_* <= k} is attained at
     U_k V_k^T; no rescaling by sqrt(k).
@@ -63,7 +63,7 @@ def topk_polar(M: Tensor, k: int) -> Tensor:
     U_k = U[..., -k:]
     threshold = torch.finfo(torch.float32).eps * max(M.shape[-2:]) * s_k[..., -1:]
     inverse = torch.where(s_k > threshold, 1 / s_k, torch.zeros_like(s_k))
-    out = ((U_k * inverse[..., None, :]) @ (U_k.mT @ wide)).float()
+    out = ((U_k * inverse[..., None, :]) @ (U_k.mT @ wide)).to(torch.promote_types(M.dtype, torch.float32))
     return out if M.shape[-2] <= M.shape[-1] else out.mT
 
 

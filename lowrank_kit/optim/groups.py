@@ -34,7 +34,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "polar": POLARS,
     "scale": SCALES,
     "distribution": DISTRIBUTIONS,
-    "momentum_dtype": ("float32", "bfloat16"),
+    "momentum_dtype": ("float32", "bfloat16", "float64"),
     "basis_dtype": ("float32", "bfloat16"),
 }
 # Key -> its least value, and the least value it stays below.

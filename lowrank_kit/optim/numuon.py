@@ -27,7 +27,8 @@ class NuMuon(torch.optim.Optimizer):
     k = ceil(rank fraction * min(out, in)). The Frobenius norm of the step falls with sqrt(k): it is not scaled back.
 
     Every argument but `params` is the default of a group's key; groups may set their own, and `parameter_groups` makes
-    them from a model. Arithmetic is float32 also for bfloat16 parameters.
+    them from a model. Arithmetic is float32 also for bfloat16 parameters, and float64 for
+    float64 ones but in topk warm, krylov and filter.
 
     Args:
         params: parameters or groups.
@@ -48,7 +49,7 @@ class NuMuon(torch.optim.Optimizer):
         polar: how muon does: newton_schulz (five steps, singular values 0.7 to 1.2) or polar_express.
         scale: match_rms, 0.2 sqrt(max(out, in)): steps as large as AdamW's, so that one learning rate serves all;
             spectral, sqrt(out / in); none.
-        momentum_dtype: float32 or bfloat16.
+        momentum_dtype: float32, bfloat16 or float64.
         basis_dtype: of what `warm` keeps, float32 or bfloat16: in float32 at most 30 % of the momentum at rank fraction
             0.25, for sides of 768 and more.
         health_every: steps between two comparisons of one matrix of a group with the exact step; 0: never. The group's

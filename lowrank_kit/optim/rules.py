@@ -77,8 +77,8 @@ def _same_shape(params: list[Tensor]) -> Iterator[list[int]]:
     for index, p in enumerate(params):
         if p.grad is not None and p.numel():
             where = (p.device_mesh, p.placements) if isinstance(p, DTensor) else p.device
-            alike[p.shape, where].append(index)
-    for (shape, _where), indices in alike.items():
+            alike[p.shape, where, _arithmetic_dtype(p)].append(index)
+    for (shape, *_), indices in alike.items():
         together = max(1, BATCH_ELEMENTS // shape.numel())
         for start in range(0, len(indices), together):
             yield indices[start : start + together]
@@ -87,8 +87,9 @@ def _same_shape(params: list[Tensor]) -> Iterator[list[int]]:
 def _step_together(batch: Batch, layout: Layout, processes: Processes) -> None:
     group, states = batch.group, batch.states
     params = [group["params"][i] for i in batch.indices]
-    grads = torch.stack([local(p.grad).float() for p in params])
-    before = torch.stack([local(state["momentum"]).float() for state in states])
+    dtype = _arithmetic_dtype(params[0])
+    grads = torch.stack([local(p.grad).to(dtype) for p in params])
+    before = torch.stack([local(state["momentum"]).to(dtype) for state in states])
     used = _used(grads, params[0], processes)
     momenta = before.lerp(grads, 1 - group["momentum"])
     if used is not None:
@@ -101,7 +102,7 @@ def _step_together(batch: Batch, layout: Layout, processes: Processes) -> None:
         D, shrink = D * used, torch.where(used, shrink, 1.0)
     for p, state, momentum, d, keep in zip(params, states, momenta, D, shrink, strict=True):
         local(state["momentum"]).copy_(momentum)
-        W = local(p).float()  # the parameter itself where it is float32; else rounded once, at the end
+        W = local(p).to(dtype)  # the parameter itself where it is of that dtype; else rounded once, at the end
         local(p).copy_(W.mul_(keep).sub_(d, alpha=group["lr"]))
 
 
@@ -184,7 +185,7 @@ def spectral_decay(group: Group, processes: Processes) -> None:
         params = [group["params"][i] for i in indices]
         if params[0].ndim < 2:
             continue
-        W = torch.stack([local(p).float() for p in params])
+        W = torch.stack([local(p).to(_arithmetic_dtype(p)) for p in params])
         D = apply_whole(W, params, [{} for _ in params], indices, polar, group, processes)
         if params[0].ndim > 2:
             used = _used(torch.stack([local(p.grad) for p in params]), params[0], processes)

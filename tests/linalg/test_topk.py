@@ -29,11 +29,11 @@ def reference(M: Tensor, k: int) -> Tensor:
 def test_it_is_the_exact_top_k_part(shape: tuple[int, int], k: int) -> None:
     M = with_spectrum(*shape, GAPS)
     out = topk_polar(M, k)
-    assert out.dtype == torch.float32
-    # Decomposed in float64, so the rounding of the float32 result is all there is.
-    torch.testing.assert_close(out.double(), reference(M, k), atol=1e-7, rtol=0)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, reference(M, k), atol=1e-12, rtol=0)
+    torch.testing.assert_close(topk_polar(M.float(), k).double(), reference(M.float().double(), k), atol=1e-7, rtol=0)
     values = torch.linalg.svdvals(out)
-    torch.testing.assert_close(values, (torch.arange(10) < k).float(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(values, (torch.arange(10) < k).double(), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(4, 10, 17), (2, 3, 17, 10)])
@@ -85,12 +85,12 @@ def test_contract(case: str, dtype: torch.dtype) -> None:
     for k in range(1, side + 1):
         out = topk_polar(M, k)
         assert out.shape == M.shape
-        assert out.dtype == torch.float32
+        assert out.dtype == torch.promote_types(dtype, torch.float32)
         assert out.isfinite().all()
         values = torch.linalg.svdvals(out)
         if rank < side and dtype == torch.bfloat16:  # rounded to bfloat16 a matrix of rank one has a higher rank
             rank = int(torch.linalg.matrix_rank(M.float()))
-        expected = (torch.arange(side) < min(k, rank)).float()
+        expected = (torch.arange(side) < min(k, rank)).to(values.dtype)
         torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
 
 

@@ -1,0 +1,111 @@
+"""Configs of base and target, and what may differ between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from lowrank_kit.errors import UsageError
+
+# What the rules leave alone, and so must be the same: name for the error -> of a text config.
+_HEADS = "keep it, and add heads with the width"
+_EXPERTS = "experts are not scaled"
+Config = PreTrainedConfig | str | Path
+
+
+def resolve_configs(base: Config | Mapping[str, Any], target: Config) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """Both configs; numbers of the base stand for the target with these.
+
+    Raises:
+        UsageError: no such folder or config, a number of the base that the target's config does not know.
+    """
+    large = _read(target)
+    if not isinstance(base, Mapping):
+        return _read(base), large
+    small = copy.deepcopy(large)
+    for name, value in base.items():
+        if not hasattr(small.get_text_config(), name):
+            raise UsageError(f'the config of {small.model_type} has no "{name}" that a base could have another of')
+        setattr(small.get_text_config(), name, value)
+    if "num_hidden_layers" in base:
+        cut_layers(small, int(base["num_hidden_layers"]))
+    return small, large
+
+
+def cut_layers(config: PreTrainedConfig, depth: int) -> None:
+    """Leave the first blocks of a config, in place; what it says of each block is cut, too."""
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) > depth and name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+
+
+def depth_of(config: PreTrainedConfig) -> int:
+    """Blocks."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def width_of(config: PreTrainedConfig) -> int:
+    """Size of the residual stream."""
+    return int(config.get_text_config().hidden_size)
+
+
+def check_sizes(base: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    """Refuse base and target that differ in what the rules do not carry over.
+
+    Raises:
+        UsageError: another architecture, head dimension, share of key heads, number of experts, tied on one side only;
+            a base deeper than the target.
+    """
+    if base.model_type != target.model_type:
+        raise UsageError(f"the base is a {base.model_type}, the target a {target.model_type}", hint="one architecture")
+    for what, found, hint in (
+        ("head dimension", _head_dim, _HEADS),
+        ("heads for one key head", _group, _HEADS),
+        ("experts", _experts, _EXPERTS),
+        ("experts of a token", _active_experts, _EXPERTS),
+        ("tied embeddings", lambda config: bool(config.tie_word_embeddings), "tie both or none"),
+    ):
+        small, large = found(base.get_text_config()), found(target.get_text_config())
+        if small != large:
+            raise UsageError(f"base and target differ in {what}: {small:g} and {large:g}", hint=hint)
+    if depth_of(base) > depth_of(target):
+        raise UsageError(
+            f"the base has {depth_of(base)} blocks, more than the target with {depth_of(target)}",
+            hint="tune on the shallow model: a rate found on a deep one says nothing of how stable a shallow one is",
+        )
+
+
+def _read(config: Config) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(config)
+    path = Path(config)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"no config at {path}", hint="a folder with config.json, or that file")
+    try:
+        return AutoConfig.from_pretrained(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+def _head_dim(config: Any) -> float:
+    return float(getattr(config, "head_dim", None) or config.hidden_size / config.num_attention_heads)
+
+
+def _group(config: Any) -> float:
+    heads = config.num_attention_heads
+    return float(heads / (getattr(config, "num_key_value_heads", None) or heads))
+
+
+def _experts(config: Any) -> float:
+    return float(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
+
+
+def _active_experts(config: Any) -> float:
+    return float(getattr(config, "num_experts_per_tok", None) or 0)

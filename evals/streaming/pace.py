@@ -26,7 +26,7 @@ from lowrank_kit.training.presets import model_config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-COMMON: dict[str, Any] = {"keep": 0.6, "calibration_blocks": 128, "block_tokens": 256, "max_bytes": MAX_BYTES}
+COMMON: dict[str, Any] = {"keep": 0.6, "calibration_blocks": 64, "block_tokens": 256, "max_bytes": MAX_BYTES}
 WAYS: dict[str, dict[str, Any]] = {
     "whiten, uniform": {"objective": "whiten", "allocation": "uniform", "form": "factors", "refine": "none"},
     "two-sided, loss": {"objective": "two-sided", "allocation": "loss", "form": "factors", "refine": "none"},
@@ -67,9 +67,12 @@ def main() -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         config = {name: getattr(preset, name) for name in (*names, "num_key_value_heads", "head_dim")}
         model = make_model(Path(scratch) / "dense", max_shard_bytes=5 * 10**9, **config)
-        ways = {way: study(model, {**common, **options}, arguments.repeats) for way, options in WAYS.items()}
-    settings = {"preset": arguments.preset, "model": config, "common": common, "ways": WAYS}
-    write_json(arguments.output, {**settings, "results": ways, "environment": environment(with_devices=True)})
+        settings = {"preset": arguments.preset, "model": config, "common": common, "ways": WAYS}
+        found: dict[str, Any] = {}
+        for way, options in WAYS.items():
+            found[way] = study(model, {**common, **options}, arguments.repeats)
+            results = {"results": found, "environment": environment(with_devices=True)}
+            write_json(arguments.output, {**settings, **results})
 
 
 def study(model: Path, settings: dict[str, Any], repeats: int) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option(
     "--override", "overrides", metavar="PATTERN=RULE", multiple=True, help="By name, once or more often: see below."
 )
+@click.option("--mup-base", metavar="DIR|FILE|PRESET", default=None, help="Smaller model the settings were tuned on.")
+@click.option("--mup-depth", metavar="RULE", default="k2", show_default=True, help="k2, k1 or none: see below.")
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
@@ -116,6 +118,10 @@ def command(
     what was chosen. A rank schedule reads fixed:0.25, cosine:1:0.25 (held at 1 for 10 % of the steps, at 0.25 from
     80 % on) or piecewise:1@0,0.5@0.3. The step is found by topk warm, krylov, exact or filter. An override reads
     "*.o_proj.*=adamw" or "*.down_proj.*=rank_schedule=fixed:0.5".
+
+    With --mup-base, --lr and the rest are those of a smaller model of the same architecture, head size and share of
+    key heads: spectral muP makes them those of this one, by width and by depth (k2; k1 and none are for comparison).
+    mup.json says from what. `lowrank scale table` prints what becomes of them.
 
     On several devices: torchrun --nproc-per-node 2 --no-python lowrank train ..., or accelerate launch. Every process
     holds the model (DDP), or with --fsdp a part of it (FSDP2). A run may be resumed on another number of them.

@@ -20,6 +20,7 @@ from lowrank_kit.optim.schedule import fraction_at
 from lowrank_kit.report.tables import text_table
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
+Groups = list[dict[str, Any]]
 _KINDS = ("matrices", "adapters", "embeddings", "vectors")
 
 
@@ -128,9 +129,17 @@ class NuMuonFactory:
     `Trainer(..., optimizer_cls_and_kwargs=(NuMuonFactory, {"rule": "numuon", "lr": 4e-3, "total_steps": 1000}))`
     """
 
-    def __call__(self, model: nn.Module, *, process_group: ProcessGroup | None = None, **options: Any) -> NuMuon:
-        """The optimizer of `parameter_groups(model, **options)`."""
-        return NuMuon(parameter_groups(model, **options), process_group=process_group)
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        process_group: ProcessGroup | None = None,
+        scaled: Callable[[Groups], Groups] | None = None,
+        **options: Any,
+    ) -> NuMuon:
+        """The optimizer of `parameter_groups(model, **options)`, and of what `scaled` makes of these groups."""
+        groups = parameter_groups(model, **options)
+        return NuMuon(groups if scaled is None else scaled(groups), process_group=process_group)
 
 
 def routing_rows(model: nn.Module, optimizer: NuMuon) -> list[dict[str, Any]]:

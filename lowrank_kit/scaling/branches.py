@@ -55,7 +55,8 @@ def find_folds(config: PreTrainedConfig) -> dict[str, Fold]:
     """
     twin = make_twin(config)
     parts = find_parts(twin)
-    ids = torch.randint(0, min(VOCABULARY, twin.config.vocab_size), (SEQUENCES, TOKENS))
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, min(VOCABULARY, twin.config.vocab_size), (SEQUENCES, TOKENS), generator=drawn)
     probe = _Probe(twin, ids, sorted({block_path(p.name) for p in parts.values() if p.inside}, key=block_of))
     ends: dict[str, dict[str, list[str]]] = {}
     for part in parts.values():
@@ -107,7 +108,9 @@ class _Probe:
             self.model.get_submodule(path).register_forward_hook(_keep(seen, path), with_kwargs=True)
             for path in self.blocks
         ]
-        handles.append(self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0])))
+        handles.append(
+            self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        )
         try:
             self.model(input_ids=self.ids, use_cache=False)
         finally:

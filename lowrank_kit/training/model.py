@@ -10,21 +10,47 @@ from lowrank_kit.checkpoint.hub import resolve_model
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import LowRankConfig, LowRankQuantizer
 from lowrank_kit.errors import DoesNotFitError, UsageError
+from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.training.lora import add_adapters, check_peft
 from lowrank_kit.training.presets import model_config
 from lowrank_kit.training.settings import TrainSettings
 
 
-def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_model(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, rule: MuP | None = None
+) -> PreTrainedModel:
     """The model to train, in float32: random from its config, or the checkpoint to fine-tune, with LoRA adapters.
+
+    Args:
+        settings: of the run.
+        tokenizer: of the run.
+        rule: that scales the random weights.
 
     Raises:
         UsageError: none can be made, or it cannot keep its attention inside documents and should.
     """
-    model = _build(settings, tokenizer)
+    model = _build(settings, tokenizer) if rule is None else rule.build()
     if settings.packing == "documents":
         check_packing(model)
     return model
+
+
+def scaling_rule(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase | None) -> MuP | None:
+    """What carries the settings over from `mup_base` to the model; None where there is none.
+
+    Args:
+        settings: of the run.
+        tokenizer: of the run; None where it is still to be trained.
+
+    Raises:
+        UsageError: no such base, or one that the model is not a larger one of.
+    """
+    if settings.mup_base is None:
+        return None
+    vocabulary = len(tokenizer) if tokenizer else settings.vocab_size
+    target = _config(settings, tokenizer, vocab_size=vocabulary)
+    base = model_config(settings.mup_base, vocab_size=vocabulary, context=settings.block_tokens)
+    return MuP(base, target, optimizer=settings.optimizer, depth=settings.mup_depth)
 
 
 def check_packing(model: PreTrainedModel) -> None:

@@ -21,11 +21,13 @@ from lowrank_kit.optim import NuMuonFactory
 from lowrank_kit.processes import check_same, is_first, num_processes, on_first
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
+from lowrank_kit.scaling.mup import MuP
+from lowrank_kit.scaling.sidecar import check_rule, save_rule
 from lowrank_kit.training.checkpoints import newest_whole
 from lowrank_kit.training.data import RunData, load_data
 from lowrank_kit.training.estimate import Estimate, check_memory, estimate_run
 from lowrank_kit.training.guard import last_good_checkpoint_named
-from lowrank_kit.training.model import build_model, outline_model
+from lowrank_kit.training.model import build_model, outline_model, scaling_rule
 from lowrank_kit.training.processes import batch_per_process, check_launch, launched_with_fsdp, unchanged_environment
 from lowrank_kit.training.settings import PLACEMENT, TrainSettings
 from lowrank_kit.training.sharding import check_can_shard
@@ -88,7 +90,10 @@ def _train(
             f"(sha256 {previous['corpus']['sha256'][:12]} -> {data.corpus.sha256[:12]})",
             hint="restore the text, or start again in a new folder",
         )
-    model = build_model(settings, data.tokenizer)
+    rule = scaling_rule(settings, data.tokenizer)
+    if previous:
+        check_rule(rule, output)
+    model = build_model(settings, data.tokenizer, rule)
     check_blocks(model, data.train)
     check_blocks(model, data.heldout)
     if settings.checkpoint_activations and not model.supports_gradient_checkpointing:
@@ -100,9 +105,9 @@ def _train(
             hint="take more text, a smaller --batch-size, or one process",
         )
     checkpoint = newest_whole(output / CHECKPOINTS) if previous else None
-    record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model)
+    record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model, rule)
     stop = StopWhenTerminated(saves=settings.save_every > 0)
-    trainer, log = make_trainer(settings, output, data, model, torch_device, trackers, first=checkpoint is None)
+    trainer, log = make_trainer(settings, output, data, model, torch_device, trackers, rule, first=checkpoint is None)
     trainer.add_callback(stop)
     check_same({"text": data.train.sha256, "held-out text": data.heldout.sha256})
     with stop.listening(), last_good_checkpoint_named(trainer, output, output / CHECKPOINTS):
@@ -125,6 +130,7 @@ def estimate(settings: TrainSettings) -> Estimate:
         DoesNotFitError: a tensor has more numbers than torch can count.
     """
     model = outline_model(settings)
+    scaling_rule(settings, None)  # one that cannot be is refused here, too
     optimizer = NuMuonFactory()(model, **optimizer_options(settings))
     processes = num_processes()
     shards = processes // settings.replicas if settings.fsdp or launched_with_fsdp() else 1
@@ -166,7 +172,9 @@ def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
     return record
 
 
-def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrainedModel) -> dict[str, Any]:
+def _start(
+    output: Path, settings: TrainSettings, data: RunData, model: PreTrainedModel, rule: MuP | None
+) -> dict[str, Any]:
     """Make the folder and its first run.json; returns the record."""
     matrices = find_matrices(model)
     adapters = 0 if settings.lora is None else sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -201,6 +209,8 @@ def _start(output: Path, settings: TrainSettings, data: RunData, model: PreTrain
         raise UsageError(f"output folder {output} is not empty", hint="give a new one, or resume the run that is in it")
     output.mkdir(parents=True, exist_ok=True)
     data.tokenizer.save_pretrained(output)
+    if rule is not None:
+        save_rule(rule, output)
     write_json(output / RUN_FILE, record)
     return record
 

@@ -12,6 +12,7 @@ from lowrank_kit.optim import parse_overrides
 from lowrank_kit.optim.modes import TOPK
 from lowrank_kit.optim.rules import RULES
 from lowrank_kit.optim.schedule import RankSchedule
+from lowrank_kit.scaling.rules import DEPTH_RULES
 
 OPTIMIZERS = tuple(RULES)
 LR_SCHEDULES = {
@@ -83,6 +84,9 @@ class TrainSettings:
         nesterov: whether these step along Nesterov's look ahead.
         rank: rank schedule of numuon, see `RankSchedule.parse`.
         topk: how numuon finds its step: warm, krylov, exact or filter.
+        mup_base: preset, folder or config.json of a smaller model that these settings were tuned on: spectral muP
+            carries them over to `model_config`, see `MuP`.
+        mup_depth: its rule for the depth, k2, k1 or none.
         overrides: PATTERN=RULE or PATTERN=KEY=VALUE, for parameters by name: see `parse_overrides`.
         steps: optimizer steps. Exactly one of `steps` and `tokens`.
         tokens: training tokens, rounded up to whole steps.
@@ -133,6 +137,8 @@ class TrainSettings:
     nesterov: bool | None = None
     rank: str | None = None
     topk: str = "warm"
+    mup_base: str | None = None
+    mup_depth: str = "k2"
     overrides: tuple[str, ...] = ()
     steps: int | None = None
     tokens: int | None = None
@@ -175,6 +181,12 @@ class TrainSettings:
             )
         if self.lora is not None and self.fsdp:
             raise UsageError("adapters are not sharded: --lora and --fsdp do not go together", hint="leave out --fsdp")
+        if self.mup_base is not None and self.model is not None:
+            raise UsageError(
+                "--mup-base is for training from scratch: it scales the random weights, too", hint="--model-config 15m"
+            )
+        if self.mup_depth not in DEPTH_RULES:
+            raise UsageError(f'unknown depth rule "{self.mup_depth}"', hint=did_you_mean(self.mup_depth, DEPTH_RULES))
         if (self.steps is None) == (self.tokens is None):
             raise UsageError("give exactly one of --steps and --tokens", hint="--steps 1000")
         if self.optimizer not in OPTIMIZERS:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.processes import are_connected
+from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.training.guard import GuardedTrainer
 from lowrank_kit.training.lora import save_adapters
 from lowrank_kit.training.state import load_random_state, load_state, model_tensors, save_state
@@ -34,6 +36,30 @@ class RunTrainer(GuardedTrainer):
 
     `args.save_total_limit` says how many stay. The last step is not saved: the model itself is, right after it.
     """
+
+    rule: MuP | None = None
+
+    def follow(self, rule: MuP) -> None:
+        """Clip and log as the model does whose settings these are.
+
+        Args:
+            rule: that the optimizer's groups were scaled by.
+        """
+        self.rule, accelerator = rule, self.accelerator
+
+        def clip(parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor:
+            accelerator.unscale_gradients()
+            return rule.clip_grad_norm_(self.model, max_norm)
+
+        accelerator.clip_grad_norm_ = clip
+
+    def _get_learning_rate(self) -> float:
+        """Of the matrices, as it was given for the smaller model."""
+        if self.rule is None:
+            return float(super()._get_learning_rate())
+        groups = self.optimizer.param_groups
+        group = next((group for group in groups if group["name"].startswith("matrices")), groups[0])
+        return float(group["lr"] / group["lr_ratio"])
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Whole batches are for training: a validation leaves nothing out."""

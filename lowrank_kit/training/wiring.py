@@ -13,6 +13,7 @@ from lowrank_kit.config import to_dict
 from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.optim import NuMuonFactory, parse_overrides
 from lowrank_kit.processes import num_processes
+from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.training.answers import AnswerTrainer
 from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.data import RunData
@@ -37,6 +38,7 @@ def make_trainer(
     model: PreTrainedModel,
     device: torch.device,
     trackers: list[TrainerCallback],
+    rule: MuP | None = None,
     *,
     first: bool,
 ) -> tuple[RunTrainer, ProgressLog]:
@@ -49,6 +51,7 @@ def make_trainer(
         model: what it trains.
         device: where.
         trackers: callbacks that are to see the figures of the log.
+        rule: that carries the settings over from a smaller model.
         first: whether it starts, and does not resume.
     """
     args = _arguments(settings, output, data, model, device, first=first)
@@ -60,10 +63,12 @@ def make_trainer(
         args=args,
         train_dataset=data.train,
         eval_dataset=data.heldout,
-        optimizer_cls_and_kwargs=(NuMuonFactory, optimizer_options(settings) | {"process_group": replicas()}),
+        optimizer_cls_and_kwargs=(NuMuonFactory, optimizer_options(settings, rule) | {"process_group": replicas()}),
         callbacks=[*ranks, log, *trackers],
     )
     trainer.remove_callback(PrinterCallback)
+    if rule is not None:
+        trainer.follow(rule)
     return trainer, log
 
 
@@ -113,9 +118,10 @@ def _arguments(
     return args
 
 
-def optimizer_options(settings: TrainSettings) -> dict[str, Any]:
-    """What `parameter_groups` takes of the settings."""
+def optimizer_options(settings: TrainSettings, rule: MuP | None = None) -> dict[str, Any]:
+    """What `NuMuonFactory` takes of the settings, and of the rule that scales them."""
     return {
+        "scaled": None if rule is None else rule.scaled,
         "rule": settings.optimizer,
         "lr": settings.peak_lr,
         "adamw_lr": settings.peak_adamw_lr,

@@ -104,6 +104,7 @@ def test_the_speed_of_products_is_measured() -> None:
 
 
 FREED = """
+import sys
 import torch
 from lowrank_kit.device import return_fragments, return_freed_memory
 
@@ -118,9 +119,10 @@ def fill_and_free(count, numbers):
         kept.append(torch.ones(2**8))
     return kept
 
-return_freed_memory()
+return_freed_memory(at_any_cost=bool(int(sys.argv[1])))
+megabytes = int(sys.argv[2])
 torch.ones(30 * 2**18)  # what is smaller than one that was freed, glibc keeps
-before, kept = resident(), [fill_and_free(5, 5 * 2**20)]
+before, kept = resident(), [fill_and_free(100 // megabytes, megabytes * 2**18)]
 large = resident() - before
 kept.append(fill_and_free(2000, 2**14))
 kept_by_glibc = resident() - before
@@ -130,9 +132,11 @@ print(large, kept_by_glibc, resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory")
-def test_freed_memory_goes_back_to_the_system() -> None:
-    """100 MB in tensors of 20 MB at once, and 130 MB in tensors of 64 kB when asked for; others are in between."""
-    large, before, after = map(int, subprocess.check_output([sys.executable, "-c", FREED], text=True).split())
+@pytest.mark.parametrize(("at_any_cost", "megabytes"), [(False, 20), (True, 5)])
+def test_freed_memory_goes_back_to_the_system(at_any_cost: bool, megabytes: int) -> None:
+    """100 MB in large tensors at once, and 130 MB in tensors of 64 kB when asked for; others are in between."""
+    words = [sys.executable, "-c", FREED, str(int(at_any_cost)), str(megabytes)]
+    large, before, after = map(int, subprocess.check_output(words, text=True).split())
     assert large < 2 * 10**7
     assert before > 10**8
     assert after < 3 * 10**7

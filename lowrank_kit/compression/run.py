@@ -70,7 +70,8 @@ def compress(
         device: where the text is run.
         dtype: number format of the runs, but for refinement; the weights on disk keep theirs.
         resume: go on with what an earlier run of the same settings has left.
-        spill: folder for hidden states on their way through the blocks; None keeps them in memory.
+        spill: folder for hidden states on their way through the blocks; None keeps them in memory. What is freed is
+            given back at once, too, which takes time.
 
     Returns:
         The contents of compression.json.
@@ -82,7 +83,7 @@ def compress(
         LowRankError: a broken shard, NaN or Inf in a matrix, an activation or a loss.
     """
     checkpoint, work = targeted(Checkpoint.open(model), settings), WorkFolder(Path(output))
-    return_freed_memory()
+    return_freed_memory(at_any_cost=spill is not None)
     where, number = connect(resolve_device(device)), resolve_dtype(dtype)
     with work.open(resume=resume):
         if on_first(work.is_whole):

@@ -12,8 +12,8 @@ import torch
 
 from lowrank_kit.errors import UsageError, did_you_mean
 
-# Of glibc's malloc.h; larger tensors are mapped each by itself, and gone when they are freed. With those of 4 MB, too, it
-# takes a tenth less memory and a fifth more time.
+# Of glibc's malloc.h; larger tensors are mapped each by itself, and gone when they are freed. From 4 MB on that takes a
+# tenth less memory and a fifth more time.
 M_MMAP_THRESHOLD, MAPPED_BYTES, MAPPED_BYTES_FEWER = -3, 16 * 2**20, 4 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

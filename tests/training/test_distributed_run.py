@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, which are made by one launch."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.json").write_text(json.dumps(MODEL))
+    (folder / "base.json").write_text(json.dumps(MODEL | {"num_hidden_layers": 1, "intermediate_size": 20}))
     write_pages(folder / "pages.jsonl")
     # Answers of one to eleven words: what each process has is no half of the answer tokens of a step.
     talk = [{"prompt": f"{i}?", "completion": " ".join(["mill"] * (1 + i * 7 % 11))} for i in range(80)]
@@ -74,6 +75,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("answers-ddp", 2, **talking),
         run("lora", model=str(folder / "one"), model_config=None, lora=2),
         run("lora-ddp", 2, model=str(folder / "one"), model_config=None, lora=2),
+        run("scaled", mup_base=str(folder / "base.json")),
+        run("scaled-ddp", 2, mup_base=str(folder / "base.json")),
+        run("scaled-shards", 2, mup_base=str(folder / "base.json"), fsdp=True),
         run("other-text", 2, text=str(folder / "pages-RANK.jsonl")),
         run("short-text", 2, max_bytes=1200, batch_size=64),
         run("terminated", 2, signal=signal.SIGTERM, after=3),
@@ -104,6 +108,8 @@ def largest_difference(one: Path, other: Path, key: str) -> float:
         ("one", "hsdp"),
         ("answers", "answers-ddp"),
         ("lora", "lora-ddp"),
+        ("scaled", "scaled-ddp"),
+        ("scaled", "scaled-shards"),
     ],
 )
 def test_a_run_is_the_same_on_any_processes(one: str, other: str, folder: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from lowrank_kit.errors import UsageError, did_you_mean
@@ -62,9 +63,9 @@ class Fans:
         """Ratio of the fans out."""
         return self.target[1] / self.base[1]
 
-    def ratio(self, of: Callable[[int, int], float]) -> float:
-        """Ratio of a function of (n_in, n_out)."""
-        return of(*self.target) / of(*self.base)
+    def ratio(self, squared: Callable[[int, int], Fraction]) -> float:
+        """Ratio of a function of (n_in, n_out), given squared: what is the same is so to the last bit."""
+        return math.sqrt(squared(*self.target) / squared(*self.base))
 
 
 @dataclass(frozen=True)
@@ -72,38 +73,55 @@ class Step:
     """How large an optimizer's update is.
 
     Args:
-        norm: R(update) of a matrix at learning rate 1, as a function of (n_in, n_out), without a gradient's size.
+        norm: R(update)^2 of a matrix at learning rate 1, as a function of (n_in, n_out), without a gradient's size.
         gradient: whether the update is as large as the gradient.
         eps: what is added to: "entry", a gradient's entries; "square", the square of its spectral norm; None, nothing.
         vectors: whether it steps vectors, and embeddings and head.
     """
 
-    norm: Callable[[int, int], float]
+    norm: Callable[[int, int], Fraction]
     gradient: bool = False
     eps: Literal["entry", "square"] | None = None
     vectors: bool = True
 
 
-def _kimi(n_in: int, n_out: int) -> float:
-    return math.sqrt(n_in) * max(1.0, math.sqrt(n_in / n_out))
+def _sign(n_in: int, n_out: int) -> Fraction:
+    return Fraction(n_in**2)
 
 
-def _polar(n_in: int, n_out: int) -> float:
-    return math.sqrt(n_in / n_out)
+def _polar(n_in: int, n_out: int) -> Fraction:
+    return Fraction(n_in, n_out)
+
+
+def _kimi(n_in: int, n_out: int) -> Fraction:
+    return n_in * max(Fraction(1), Fraction(n_in, n_out))
+
+
+def _original(n_in: int, n_out: int) -> Fraction:
+    return max(Fraction(1), Fraction(n_in, n_out))
+
+
+def _one(n_in: int, n_out: int) -> Fraction:
+    return Fraction(1)
+
+
+def _initial(n_in: int, n_out: int) -> Fraction:
+    """Variance of a hidden matrix."""
+    return min(Fraction(1), Fraction(n_out, n_in)) / n_in
 
 
 _KIMI = Step(_kimi, vectors=False)
 # A new optimizer is one line here.
 STEPS: dict[str, Step] = {
-    "adamw": Step(lambda n_in, n_out: n_in, eps="entry"),
-    "lion": Step(lambda n_in, n_out: n_in),
-    "sgd": Step(lambda n_in, n_out: n_in, gradient=True),
+    "adamw": Step(_sign, eps="entry"),
+    "lion": Step(_sign),
+    "sgd": Step(_sign, gradient=True),
     # Muon as this package has it, scale match_rms; NuMuon's k is a share of the smaller side, and |U_k V_k^T|_2 = 1.
     "numuon": _KIMI,
     "muon": _KIMI,
     "muon_kimi": _KIMI,
-    "muon_spectral": Step(lambda n_in, n_out: 1.0, vectors=False),  # scaled by sqrt(n_out / n_in)
-    "muon_original": Step(lambda n_in, n_out: max(1.0, _polar(n_in, n_out)), vectors=False),  # torch.optim.Muon's
+    "muon_spectral": Step(_one, vectors=False),  # scaled by sqrt(n_out / n_in)
+    "muon_original": Step(_original, vectors=False),  # torch.optim.Muon's
     "muon_polar": Step(_polar, vectors=False),  # not scaled
     "shampoo": Step(_polar, eps="square"),
     "soap": Step(_polar, eps="entry"),
@@ -172,12 +190,11 @@ def ratios(kind: Kind, fans: Fans, step: Step, *, depth: float, rule: DepthRule,
     shrink = deep**-rule.step  # lr * weight decay, of whatever optimizer
     folded = lr * (fold**2 if step.gradient else fold)
     eps = {"entry": entry / fold, "square": (spectral / fold) ** 2, None: 1.0}[step.eps]
-    initial = fans.ratio(lambda n_in, n_out: min(1.0, math.sqrt(n_out / n_in)) / math.sqrt(n_in))
     return Ratios(
         lr=folded,
         weight_decay=shrink / folded,
         eps=eps,
         # lr * decay is taken off all singular values, which go with sqrt(n_out / n_in) and with c.
         decay=fold * shrink * math.sqrt(fans.o / fans.i) / folded,
-        std=fold * (initial if kind == "hidden" else 1.0),
+        std=fold * (fans.ratio(_initial) if kind == "hidden" else 1.0),
     )

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import block_of, block_path
 from lowrank_kit.scaling.parts import Part, find_parts, key_of
+from lowrank_kit.scaling.sizes import cut_layers, depth_of
 
 # Of the twin: what it has at most.
 BLOCKS, VOCABULARY = 4, 64
@@ -35,7 +36,8 @@ class Fold:
     """A parameter that a forward multiplier can be folded into.
 
     Args:
-        to: "branch", multiplied by what the depth asks for, or "output", by 1 / width ratio.
+        to: "branch", multiplied by what the depth asks for; "output", by 1 / width ratio; "input", by what undoes the
+            factor that the architecture itself has there.
         offset: it is w of a gain 1 + w.
     """
 
@@ -64,6 +66,7 @@ def find_folds(config: PreTrainedConfig) -> dict[str, Fold]:
             module = key_of(part.name).rpartition(".")[0]
             ends.setdefault(block_path(part.name), {}).setdefault(module, []).append(part.name)
     _check_identity(probe, ends)
+    _check_depth(probe, config)
     found: dict[str, Fold] = {}
     for block, by_module in ends.items():
         for names in by_module.values():
@@ -71,16 +74,11 @@ def find_folds(config: PreTrainedConfig) -> dict[str, Fold]:
     return found | _output(probe, parts)
 
 
-def make_twin(config: PreTrainedConfig) -> PreTrainedModel:
+def make_twin(config: PreTrainedConfig, blocks: int = BLOCKS) -> PreTrainedModel:
     """A model of the same blocks with random weights in float64, with few of them and few tokens."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
-    depth = text.num_hidden_layers
-    if depth > BLOCKS:
-        for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == depth:
-                setattr(text, name, value[:BLOCKS])
-        text.num_hidden_layers = BLOCKS
+    cut_layers(small, min(depth_of(small), blocks))
     if text.vocab_size > VOCABULARY:
         text.vocab_size = VOCABULARY
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -89,7 +87,12 @@ def make_twin(config: PreTrainedConfig) -> PreTrainedModel:
     small._attn_implementation = small._experts_implementation = "eager"  # not all others know float64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(small, dtype=torch.float64).eval()
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float64).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # a bias of 0 hides where it is added; exact in a norm's float32, too
+                    parameter.add_(torch.randint_like(parameter, -8, 9) / 64)
+        return model
 
 
 class _Probe:
@@ -111,9 +114,12 @@ class _Probe:
         handles.append(
             self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
         )
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of constants that a model makes as it runs
         try:
             self.model(input_ids=self.ids, use_cache=False)
         finally:
+            torch.set_default_dtype(default)
             for handle in handles:
                 handle.remove()
         return seen, read[0]
@@ -145,7 +151,7 @@ class _Probe:
 def _keep(seen: dict[str, tuple[Tensor, Tensor]], path: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        seen[path] = before.clone(), (output[0] if isinstance(output, tuple) else output).clone()
+        seen[path] = before.clone(), (output[0] if isinstance(output, tuple | list) else output).clone()
 
     return hook
 
@@ -161,6 +167,22 @@ def _check_identity(probe: _Probe, ends: Mapping[str, Mapping[str, list[str]]]) 
                     f"{float((after - before).abs().max()):.3g} when all known ends of its branches are zero: {known}",
                     hint=_HINT,
                 )
+
+
+def _check_depth(probe: _Probe, config: PreTrainedConfig) -> None:
+    """The first block of a model of one block has to be that of a deeper one."""
+    if len(probe.blocks) == 1:
+        return
+    shallow = make_twin(config, blocks=1)
+    shallow.load_state_dict(probe.model.state_dict(), strict=False)
+    block = probe.blocks[0]
+    whole, other = probe.branch(block), _Probe(shallow, probe.ids, [block]).branch(block)
+    if float((other - whole).abs().max()) > _TOLERANCE * float(whole.abs().max()):
+        raise UsageError(
+            f"what {block} of {type(probe.model).__name__} adds depends on how many blocks there are: the architecture "
+            "scales with the depth by itself",
+            hint=_HINT,
+        )
 
 
 def _end_of(

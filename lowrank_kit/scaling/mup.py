@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_kit.errors import UsageError, did_you_mean
-from lowrank_kit.scaling.branches import find_folds
+from lowrank_kit.scaling.branches import Fold, find_folds
+from lowrank_kit.scaling.entry import embedding_scale
 from lowrank_kit.scaling.initial import initial_stds
-from lowrank_kit.scaling.parts import Part, find_parts
+from lowrank_kit.scaling.parts import Part, find_parts, key_of
 from lowrank_kit.scaling.rules import DEPTH_RULES, Fans, Ratios, ratios, step_of
 from lowrank_kit.scaling.sizes import Config, check_sizes, depth_of, resolve_configs, width_of
 
@@ -82,14 +83,25 @@ class MuP:
         self._own = {
             name: before[of_base[name]] / now[name] for name in self.parts if now.get(name) and of_base[name] in before
         }
-        self._folds = find_folds(self.base)
         amounts = {"branch": self.depth_ratio ** -DEPTH_RULES[depth].branch, "output": 1 / self.width_ratio}
+        self._folds = find_folds(self.base)
+        if (own := embedding_scale(self.base) / embedding_scale(self.target)) != 1:
+            self._folds[_embeddings(large)] = Fold("input")
+            amounts["input"] = own
+            if self.target.tie_word_embeddings:  # the head is multiplied by it, too
+                amounts["output"] /= own
         found = {name: self._folds[part.key] for name, part in self.parts.items() if part.key in self._folds}
         self.multipliers = {name: amounts[fold.to] for name, fold in found.items() if amounts[fold.to] != 1}
 
     def fold(self, name: str) -> float:
         """c that a parameter holds of a forward multiplier: 1 for most, and in the explicit form for all."""
         return self.multipliers.get(self._part(name).name, 1.0) if self.form == "folded" else 1.0
+
+    def unfolded(self, name: str, value: Tensor) -> Tensor:
+        """What a parameter is in the model with multipliers, given what it is in the folded one."""
+        if (c := self.fold(name)) == 1:
+            return value
+        return (1 + value) / c - 1 if self._folds[self._part(name).key].offset else value / c
 
     def ratios(self, name: str, optimizer: str | None = None, scale: str | None = None) -> Ratios:
         """What changes for a parameter from the base to the target.
@@ -231,6 +243,8 @@ class MuP:
             max_norm: of the base.
         """
         named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+        if not named:
+            return torch.tensor(0.0)
         norms = [torch.linalg.vector_norm(p.grad) * self.fold(name) for name, p in named]
         norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
@@ -266,22 +280,32 @@ def _outline(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def _embeddings(model: PreTrainedModel) -> str:
+    """Key of the input embeddings."""
+    weight = model.get_input_embeddings().weight
+    return next(key_of(name) for name, parameter in model.named_parameters() if parameter is weight)
+
+
 def _matched(base: Mapping[str, Part], target: Mapping[str, Part]) -> dict[str, str]:
     """Parameter of the target -> one of the base, of the same key.
 
     Raises:
-        UsageError: a key that one of them lacks, or whose tensors in the base differ.
+        UsageError: a key that one of them lacks, or whose tensors differ.
     """
-    by_key: dict[str, Part] = {}
-    for part in base.values():
-        first = by_key.setdefault(part.key, part)
+    small, large = _by_key(base, "base"), _by_key(target, "target")
+    if others := sorted(large.keys() ^ small.keys()):
+        one = "target" if others[0] in large else "base"
+        raise UsageError(f"only the {one} has {others[0]}", hint="base and target of one architecture")
+    return {name: small[part.key].name for name, part in target.items()}
+
+
+def _by_key(parts: Mapping[str, Part], whose: str) -> dict[str, Part]:
+    found: dict[str, Part] = {}
+    for part in parts.values():
+        first = found.setdefault(part.key, part)
         if first.fans != part.fans:
             raise UsageError(
-                f"{first.name} and {part.name} of the base differ in size, {first.fans} and {part.fans}",
+                f"{first.name} and {part.name} of the {whose} differ in size, {first.fans} and {part.fans}",
                 hint="spectral muP is for models whose blocks are alike",
             )
-    keys = {part.key for part in target.values()}
-    if others := sorted(keys.symmetric_difference(by_key)):
-        one = "target" if others[0] in keys else "base"
-        raise UsageError(f"only the {one} has {others[0]}", hint="base and target of one architecture")
-    return {name: by_key[part.key].name for name, part in target.items()}
+    return found

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import UsageError
-from lowrank_kit.matrices import block_of, embedding_names, find_matrices
+from lowrank_kit.matrices import Matrix, block_of, embedding_names, find_matrices
 from lowrank_kit.scaling.rules import Kind
 
 
@@ -52,7 +52,7 @@ def find_parts(model: PreTrainedModel) -> dict[str, Part]:
         UsageError: a parameter for which there is no rule, as those of state spaces; it is named.
     """
     matrices = {matrix.parameter: matrix for matrix in find_matrices(model)}
-    ends = {name.rpartition(".")[0] for name, matrix in matrices.items() if matrix.ends_branch}
+    ends = {_bias_of(name) for name, matrix in matrices.items() if matrix.ends_branch}
     embeddings = set(embedding_names(model))
     modules = dict(model.named_modules())
     found: dict[str, Part] = {}
@@ -63,15 +63,14 @@ def find_parts(model: PreTrainedModel) -> dict[str, Part]:
         if (matrix := matrices.get(name)) is not None:
             if not inside:
                 raise _no_rule(name, shape, module, "a matrix outside of the blocks")
-            out, inputs = matrix.shape
-            found[name] = Part(name, "hidden", matrix.role, (inputs, out), inside, matrix.ends_branch)
+            found[name] = Part(name, "hidden", matrix.role, _fans(matrix), inside, matrix.ends_branch)
         elif leaf == "weight" and (isinstance(module, nn.Embedding) or owner in embeddings):
             if module is model.get_output_embeddings():
                 found[name] = Part(name, "output", "head", (shape[1], 1), inside)
             else:
                 found[name] = Part(name, "input", "embedding", (1, shape[1]), inside)
         elif leaf.endswith("bias") and len(shape) <= 2 and owner not in embeddings:
-            found[name] = Part(name, "vector", "bias", (1, shape[-1]), inside, owner in ends)
+            found[name] = Part(name, "vector", "bias", (1, shape[-1]), inside, name in ends)
         elif leaf == "bias" and owner in embeddings:
             found[name] = Part(name, "vector", "bias", (1, 1), inside)
         elif leaf == "weight" and len(shape) == 1 and "norm" in type(module).__name__.lower():
@@ -81,6 +80,20 @@ def find_parts(model: PreTrainedModel) -> dict[str, Part]:
         else:
             raise _no_rule(name, shape, module, "neither matrix, embedding, head, router, bias nor gain")
     return found
+
+
+def _fans(matrix: Matrix) -> tuple[int, int]:
+    """Of a fused matrix those of its first part: it is several matrices in one, and stepped as such."""
+    out, inputs = matrix.shape
+    if matrix.split is not None:
+        out = matrix.split.sizes[0] * matrix.split.groups
+    return inputs, out
+
+
+def _bias_of(parameter: str) -> str:
+    """Name of the bias of a matrix: beside `weight`, and beside fused experts."""
+    owner, _, leaf = parameter.rpartition(".")
+    return f"{owner}.bias" if leaf == "weight" else f"{parameter}_bias"
 
 
 def _is_router(module: nn.Module, shape: tuple[int, ...], model: PreTrainedModel) -> bool:

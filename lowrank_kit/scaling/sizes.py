@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from lowrank_kit.errors import UsageError
+from lowrank_kit.errors import UsageError, did_you_mean
 
-# What the rules leave alone, and so must be the same: name for the error -> of a text config.
 _HEADS = "keep it, and add heads with the width"
 _EXPERTS = "experts are not scaled"
+_MULTIPLIER = re.compile(r"multiplier|logits_scaling|logit_scale|scale_emb|scale_depth|pre_attn_scalar")
 Config = PreTrainedConfig | str | Path
 
 
@@ -27,12 +28,17 @@ def resolve_configs(base: Config | Mapping[str, Any], target: Config) -> tuple[P
     if not isinstance(base, Mapping):
         return _read(base), large
     small = copy.deepcopy(large)
+    text = small.get_text_config()
     for name, value in base.items():
-        if not hasattr(small.get_text_config(), name):
-            raise UsageError(f'the config of {small.model_type} has no "{name}" that a base could have another of')
-        setattr(small.get_text_config(), name, value)
-    if "num_hidden_layers" in base:
-        cut_layers(small, int(base["num_hidden_layers"]))
+        if not hasattr(text, name):
+            raise UsageError(
+                f'the config of {small.model_type} has no "{name}" that a base could have another of',
+                hint=did_you_mean(name, text.to_dict()),
+            )
+        if text.attribute_map.get(name, name) == text.attribute_map.get("num_hidden_layers", "num_hidden_layers"):
+            cut_layers(small, int(value))
+        else:
+            setattr(text, name, value)
     return small, large
 
 
@@ -40,7 +46,7 @@ def cut_layers(config: PreTrainedConfig, depth: int) -> None:
     """Leave the first blocks of a config, in place; what it says of each block is cut, too."""
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) > depth and name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers > depth:
             setattr(text, name, value[:depth])
     text.num_hidden_layers = depth
 
@@ -59,8 +65,8 @@ def check_sizes(base: PreTrainedConfig, target: PreTrainedConfig) -> None:
     """Refuse base and target that differ in what the rules do not carry over.
 
     Raises:
-        UsageError: another architecture, head dimension, share of key heads, number of experts, tied on one side only;
-            a base deeper than the target.
+        UsageError: another architecture, head dimension, share of key heads, number of experts, tied on one side only,
+            other multipliers of the architecture's own; a base deeper than the target.
     """
     if base.model_type != target.model_type:
         raise UsageError(f"the base is a {base.model_type}, the target a {target.model_type}", hint="one architecture")
@@ -74,6 +80,13 @@ def check_sizes(base: PreTrainedConfig, target: PreTrainedConfig) -> None:
         small, large = found(base.get_text_config()), found(target.get_text_config())
         if small != large:
             raise UsageError(f"base and target differ in {what}: {small:g} and {large:g}", hint=hint)
+    small, large = _multipliers(base.get_text_config()), _multipliers(target.get_text_config())
+    for name in small:
+        if small[name] != large.get(name):
+            raise UsageError(
+                f"base and target differ in {name}: {small[name]} and {large.get(name)}",
+                hint="the scaling has multipliers of its own: keep those of the config",
+            )
     if depth_of(base) > depth_of(target):
         raise UsageError(
             f"the base has {depth_of(base)} blocks, more than the target with {depth_of(target)}",
@@ -94,12 +107,18 @@ def _read(config: Config) -> PreTrainedConfig:
         raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
 
 
+def _multipliers(config: Any) -> dict[str, Any]:
+    """What a config has for factors in the forward pass, as Granite's residual_multiplier."""
+    return {name: value for name, value in vars(config).items() if _MULTIPLIER.search(name)}
+
+
 def _head_dim(config: Any) -> float:
-    return float(getattr(config, "head_dim", None) or config.hidden_size / config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None) or 1  # none in state spaces, which find_parts refuses
+    return float(getattr(config, "head_dim", None) or config.hidden_size / heads)
 
 
 def _group(config: Any) -> float:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     return float(heads / (getattr(config, "num_key_value_heads", None) or heads))
 
 

@@ -1,0 +1,76 @@
+"""What a model multiplies its embeddings with before the first block: by sqrt(width) as Gemma does, most by 1."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lowrank_kit.matrices import block_path
+from lowrank_kit.scaling.parts import find_parts
+from lowrank_kit.scaling.sizes import cut_layers
+
+_VOCABULARY = 8
+
+
+def embedding_scale(config: PreTrainedConfig) -> float:
+    """The factor, found by running what lies before the first block; 1 where a norm there makes it no matter.
+
+    Args:
+        config: of a causal LM of any width: blocks are not built.
+    """
+    small = copy.deepcopy(config)
+    cut_layers(small, 1)
+    small.get_text_config().vocab_size = _VOCABULARY
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(small.get_text_config(), name, None) is not None:
+            setattr(small.get_text_config(), name, 0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float64).eval()
+    block = next(block_path(part.name) for part in find_parts(model).values() if part.inside)
+    _fill_outside(model, block)
+    embeddings: nn.Parameter = model.get_input_embeddings().weight
+    signs = torch.ones_like(embeddings)
+    signs[:, ::3] = -1
+    once, twice = (_read_by(model, block, embeddings, values) for values in (signs, 2 * signs))
+    if not torch.equal(twice, 2 * once):
+        return 1.0
+    return float((once / signs[1])[0, 0, 0])
+
+
+def _fill_outside(model: PreTrainedModel, block: str) -> None:
+    """Give what is outside of the block its memory and values; all other embeddings, of positions, are 0."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for path, module in model.named_modules():
+            if path == block or path.startswith(f"{block}."):
+                continue
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+            if isinstance(module, nn.Embedding):
+                module.weight.zero_()
+
+
+class _Reached(Exception):
+    """The first block was called."""
+
+
+@torch.no_grad()
+def _read_by(model: PreTrainedModel, block: str, embeddings: nn.Parameter, values: Tensor) -> Tensor:
+    read: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.append((args[0] if args else kwargs["hidden_states"]).clone())
+        raise _Reached
+
+    embeddings.copy_(values)
+    handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return read[0]

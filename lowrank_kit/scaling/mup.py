@@ -15,12 +15,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lowrank_kit.errors import UsageError, did_you_mean
 from lowrank_kit.scaling.branches import Fold, find_folds
 from lowrank_kit.scaling.entry import embedding_scale
+from lowrank_kit.scaling.granite import has_multipliers, with_multipliers
 from lowrank_kit.scaling.initial import initial_stds
 from lowrank_kit.scaling.parts import Part, find_parts, key_of
 from lowrank_kit.scaling.rules import DEPTH_RULES, Fans, Ratios, ratios, step_of
 from lowrank_kit.scaling.sizes import Config, check_sizes, depth_of, resolve_configs, width_of
 
 FORMS = ("folded", "explicit")
+# Where a group says nothing: that of torch's AdamW and of this package's.
+ADAM_EPS = 1e-8
 # Of a wrapper around the model, in a parameter's name.
 _WRAPPERS = ("module", "_orig_mod")
 # Key of a group -> its ratio.
@@ -41,11 +44,12 @@ class MuP:
         target: config, or folder or config.json, of the model to train.
         optimizer: name in `STEPS`, of groups that tell no rule of their own.
         depth: "k2", "k1" or "none", see `DEPTH_RULES`.
-        form: "folded", or "explicit": the multipliers stay in the forward pass, where the architecture has them or
-            whoever builds the model puts them.
+        form: "folded", or "explicit": the multipliers stay in the forward pass. Granite's config has them; for others
+            whoever builds the model has to put them there.
 
     Attributes:
         parts: parameter name -> what it is.
+        amounts: what a `Fold` is to -> c.
         multipliers: parameter name -> c, of all with a forward multiplier that is not 1.
 
     Raises:
@@ -79,19 +83,25 @@ class MuP:
         of_base = _matched(base_parts, self.parts)
         self._fans = {name: Fans(base_parts[of_base[name]].fans, part.fans) for name, part in self.parts.items()}
         before, now = initial_stds(small), initial_stds(large)
+        for name, part in self.parts.items():
+            if part.kind != "vector" and name not in now:
+                raise UsageError(
+                    f"{name} of {type(large).__name__} is drawn in no way that is known, nor how it goes with the size",
+                    hint="train this model without --mup-base",
+                )
         # What the architecture's own initialization makes of the size, to be undone.
         self._own = {
             name: before[of_base[name]] / now[name] for name in self.parts if now.get(name) and of_base[name] in before
         }
-        amounts = {"branch": self.depth_ratio ** -DEPTH_RULES[depth].branch, "output": 1 / self.width_ratio}
+        self.amounts = {"branch": self.depth_ratio ** -DEPTH_RULES[depth].branch, "output": 1 / self.width_ratio}
         self._folds = find_folds(self.base)
         if (own := embedding_scale(self.base) / embedding_scale(self.target)) != 1:
             self._folds[_embeddings(large)] = Fold("input")
-            amounts["input"] = own
+            self.amounts["input"] = own
             if self.target.tie_word_embeddings:  # the head is multiplied by it, too
-                amounts["output"] /= own
+                self.amounts["output"] /= own
         found = {name: self._folds[part.key] for name, part in self.parts.items() if part.key in self._folds}
-        self.multipliers = {name: amounts[fold.to] for name, fold in found.items() if amounts[fold.to] != 1}
+        self.multipliers = {name: self.amounts[fold.to] for name, fold in found.items() if self.amounts[fold.to] != 1}
 
     def fold(self, name: str) -> float:
         """c that a parameter holds of a forward multiplier: 1 for most, and in the explicit form for all."""
@@ -138,7 +148,10 @@ class MuP:
 
         Drawn as the architecture draws them, then scaled: with ratios of 1 it is the plain model, bit for bit.
         """
-        model = AutoModelForCausalLM.from_config(self.target, dtype=dtype)
+        config = self.target
+        if self.form == "explicit" and has_multipliers(config):
+            config = with_multipliers(config, branch=self.amounts["branch"], output=self.amounts["output"])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.initialize_(model)
         return model
 
@@ -169,7 +182,7 @@ class MuP:
             model: the target.
             lr: learning rate tuned on the base.
             weight_decay: of the base.
-            eps: of the base; None leaves it out, for optimizers that have none.
+            eps: of the base; None is `ADAM_EPS` where the optimizer is Adam's kin.
         """
         kinds: dict[str, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
@@ -195,8 +208,9 @@ class MuP:
         """Groups of the base's settings, divided into groups of the target's; those with the base's rate come first.
 
         Args:
-            groups: with `params` and `param_names`, `lr`, and what else there is of weight_decay, eps and
-                spectral_decay; `rule` and `scale` say whose steps, as `optim.parameter_groups` gives them.
+            groups: with `params` and `param_names`, `lr`, and what else there is of weight_decay, eps (`ADAM_EPS`
+                where Adam's has none) and spectral_decay; `rule` and `scale` say whose steps, as
+                `optim.parameter_groups` gives them.
 
         Raises:
             UsageError: no group, a group without parameters or names, decay of a folded gain 1 + w, which would pull
@@ -210,6 +224,8 @@ class MuP:
                     f'group {number} "{group.get("name", "")}" has {len(params)} parameters and {len(names)} names',
                     hint="every group needs parameters, and their names as param_names",
                 )
+            if step_of(group.get("rule") or self.optimizer, group.get("scale")).eps == "entry":
+                group = {**group, "eps": group.get("eps", ADAM_EPS)}
             for name, parameter in zip(names, params, strict=True):
                 found = self.ratios(name, group.get("rule"), group.get("scale"))
                 self._refuse_decay(name, group)

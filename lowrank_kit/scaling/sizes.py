@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from lowrank_kit.errors import UsageError, did_you_mean
@@ -38,8 +39,16 @@ def resolve_configs(base: Config | Mapping[str, Any], target: Config) -> tuple[P
         if text.attribute_map.get(name, name) == text.attribute_map.get("num_hidden_layers", "num_hidden_layers"):
             cut_layers(small, int(value))
         else:
-            setattr(text, name, value)
+            _set(text, name, value)
     return small, large
+
+
+def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
+    try:
+        setattr(config, name, value)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{name} {value!r} in the config of the base: {reason}") from error
 
 
 def cut_layers(config: PreTrainedConfig, depth: int) -> None:

@@ -35,10 +35,11 @@ def embedding_scale(config: PreTrainedConfig) -> float:
     embeddings: nn.Parameter = model.get_input_embeddings().weight
     signs = torch.ones_like(embeddings)
     signs[:, ::3] = -1
-    once, twice = (_read_by(model, block, embeddings, values) for values in (signs, 2 * signs))
-    if not torch.equal(twice, 2 * once):
+    nothing, once, twice = (_read_by(model, block, embeddings, by * signs) for by in (0, 1, 2))
+    added = once - nothing  # to positions that are no embeddings
+    if not torch.allclose(twice - nothing, 2 * added):
         return 1.0
-    return float((once / signs[1])[0, 0, 0])
+    return float((added / signs[1])[0, 0, 0])
 
 
 def _fill_outside(model: PreTrainedModel, block: str) -> None:

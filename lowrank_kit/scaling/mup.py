@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -83,19 +84,20 @@ class MuP:
         of_base = _matched(base_parts, self.parts)
         self._fans = {name: Fans(base_parts[of_base[name]].fans, part.fans) for name, part in self.parts.items()}
         before, now = initial_stds(small), initial_stds(large)
-        for name, part in self.parts.items():
-            if part.kind != "vector" and name not in now:
-                raise UsageError(
-                    f"{name} of {type(large).__name__} is drawn in no way that is known, nor how it goes with the size",
-                    hint="train this model without --mup-base",
-                )
         # What the architecture's own initialization makes of the size, to be undone.
         self._own = {
             name: before[of_base[name]] / now[name] for name in self.parts if now.get(name) and of_base[name] in before
         }
         self.amounts = {"branch": self.depth_ratio ** -DEPTH_RULES[depth].branch, "output": 1 / self.width_ratio}
         self._folds = find_folds(self.base)
-        if (own := embedding_scale(self.base) / embedding_scale(self.target)) != 1:
+        for name, part in self.parts.items():
+            if part.kind != "vector" and name not in now:
+                raise UsageError(
+                    f"{name} of {type(large).__name__} is drawn in no way that is known, nor is how it goes with the size",
+                    hint="train this model without --mup-base",
+                )
+        own = embedding_scale(self.base) / embedding_scale(self.target)
+        if not math.isclose(own, 1):
             self._folds[_embeddings(large)] = Fold("input")
             self.amounts["input"] = own
             if self.target.tie_word_embeddings:  # the head is multiplied by it, too

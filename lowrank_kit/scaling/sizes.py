@@ -122,7 +122,9 @@ def _multipliers(config: Any) -> dict[str, Any]:
 
 
 def _head_dim(config: Any) -> float:
-    heads = getattr(config, "num_attention_heads", None) or 1  # none in state spaces, which find_parts refuses
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:  # of state spaces, which `find_parts` refuses
+        return 0.0
     return float(getattr(config, "head_dim", None) or config.hidden_size / heads)
 
 

@@ -17,8 +17,8 @@ def initial_stds(model: PreTrainedModel) -> dict[str, float]:
         model: on the meta device, where nothing is drawn, but what would be is seen.
     """
     with _Draws() as draws:
-        for module in model.modules():
-            model._init_weights(module)
+        # Children first, as transformers does it: GPT-2's blocks draw the ends of their branches once more.
+        model.apply(model._init_weights)
     return {name: draws.stds[id(p)] for name, p in model.named_parameters() if id(p) in draws.stds}
 
 

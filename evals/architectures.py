@@ -24,30 +24,10 @@ from lowrank_kit.report.files import write_text
 from lowrank_kit.report.tables import markdown_table
 from tests.architectures import REFUSED, WHOLE, Outcome, check
 from tests.families import FAMILIES, build_from
-from tests.more_families import MORE, VOCABULARY, tiny_config
+from tests.more_families import EXAMPLES, MORE, VOCABULARY, tiny_config
 from tests.pages import write_pages
 
 TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
-EXAMPLES = {
-    "llama": "Llama 2 and 3, TinyLlama",
-    "llama_tied": "Llama 3.2 1B",
-    "mistral": "Mistral 7B",
-    "qwen2": "Qwen2.5 7B",
-    "qwen2_tied": "Qwen2.5 0.5B",
-    "qwen3": "Qwen3 8B",
-    "gpt2": "GPT-2",
-    "gpt_neox": "Pythia",
-    "phi3": "Phi-3, Phi-4",
-    "gemma": "Gemma 7B",
-    "gemma2": "Gemma 2",
-    "gemma3": "Gemma 3 1B",
-    "mixtral": "Mixtral 8x7B",
-    "qwen3_moe": "Qwen3 30B-A3B",
-    "opt": "OPT 125M, 1.3B",
-    "opt_projected": "OPT 350M",
-    "granite": "Granite 3 8B",
-    "gpt_oss": "gpt-oss 20B",
-} | {family: models for family, (models, _) in MORE.items()}
 ABOVE = """\
 # Architectures
 

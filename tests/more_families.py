@@ -125,6 +125,27 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba": ("Zamba", {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "hybrid"]}),
     "zamba2": ("Zamba2", {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "hybrid"]}),
 }
+# Family of any -> models of it.
+EXAMPLES = {
+    "llama": "Llama 2 and 3, TinyLlama",
+    "llama_tied": "Llama 3.2 1B",
+    "mistral": "Mistral 7B",
+    "qwen2": "Qwen2.5 7B",
+    "qwen2_tied": "Qwen2.5 0.5B",
+    "qwen3": "Qwen3 8B",
+    "gpt2": "GPT-2",
+    "gpt_neox": "Pythia",
+    "phi3": "Phi-3, Phi-4",
+    "gemma": "Gemma 7B",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 1B",
+    "mixtral": "Mixtral 8x7B",
+    "qwen3_moe": "Qwen3 30B-A3B",
+    "opt": "OPT 125M, 1.3B",
+    "opt_projected": "OPT 350M",
+    "granite": "Granite 3 8B",
+    "gpt_oss": "gpt-oss 20B",
+} | {family: models for family, (models, _) in MORE.items()}
 
 
 def tiny_config(model_type: str, given: dict[str, Any]) -> PreTrainedConfig:

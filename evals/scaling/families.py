@@ -6,17 +6,14 @@ python -m evals.scaling.families [FAMILY ...]     from the root of the repositor
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
 
-from evals.architectures import EXAMPLES
 from lowrank_kit.report.files import write_text
 from lowrank_kit.report.tables import markdown_table
-from tests.families import FAMILIES
-from tests.scaling.families import PASSED, Outcome, all_families, outcome_of
+from tests.scaling.families import PASSED, all_families, outcome_of, rows
 
 TABLE = Path(__file__).parents[2] / "docs" / "scaling-architectures.md"
 ABOVE = """\
@@ -24,13 +21,14 @@ ABOVE = """\
 
 What `lowrank_kit.scaling.MuP` does with a model of each family, as
 [`evals/scaling/families.py`](../evals/scaling/families.py) found with tiny random ones, in transformers {version};
-`python -m evals.scaling.families` writes this page anew. Each is scaled to twice the width and, where its config allows,
-twice the depth. Passed: every parameter has a rule; with all ends of branches zero every block is the identity, and with
-one end alone and halved what its branch adds is halved, in float64; the model is built. The multiplier of the branches
-is folded into their last matrices, or into the gains of norms that come after these; that of the logits into the head,
-or, where it is tied to the embeddings, into the gain before it; and where an architecture multiplies its embeddings by
-sqrt(width), what undoes that into the embeddings. Refused is what has parts that spectral muP has no rule for.
-{passed} pass, {experts} of these with experts; {refused} are refused. The families in bold are tested with every change.
+`python -m evals.scaling.families` writes this page anew. Each is scaled to twice the width and twice the depth.
+Passed: every parameter has a rule; with all ends of branches zero every block is the identity, and with one end
+alone and halved what its branch adds is halved, in float64; the model is built. The multiplier of the branches is
+folded into their last matrices, or into the gains of norms that come after these; that of the logits into the head,
+or, where it is tied to the embeddings, into the gain before it; and where an architecture multiplies its embeddings
+by sqrt(width), what undoes that into the embeddings. Refused is what has parts that spectral muP has no rule for.
+{passed} pass, {experts} of these with experts; {refused} are refused. The families in bold are tested with every
+change.
 
 """
 
@@ -52,24 +50,6 @@ def main(wanted: list[str]) -> None:
         refused=len(outcomes) - len(passed),
     )
     write_text(TABLE, above + table + "\n")
-
-
-def rows(outcomes: dict[str, Outcome]) -> Iterator[dict[str, str]]:
-    """The table's, one for each family."""
-    for family, outcome in outcomes.items():
-        yield {
-            "family": f"**{family}**" if family in FAMILIES else family,
-            "models": EXAMPLES[family],
-            "scaled": outcome.way,
-            "branches": _names(outcome.ends, "gain of " if outcome.after else ""),
-            "logits": _names([outcome.output] if outcome.output else [], "gain of " if outcome.output_gain else ""),
-            "embeddings": "" if outcome.scale == 1 else f"x {outcome.scale:.3g}",
-            "why not": outcome.why.replace("|", "\\|"),
-        }
-
-
-def _names(names: Iterable[str], before: str) -> str:
-    return ", ".join(f"{before}`{name}`" for name in names)
 
 
 if __name__ == "__main__":

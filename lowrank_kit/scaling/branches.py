@@ -59,7 +59,7 @@ def find_folds(config: PreTrainedConfig) -> dict[str, Fold]:
     parts = find_parts(twin)
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(0, min(VOCABULARY, twin.config.vocab_size), (SEQUENCES, TOKENS), generator=drawn)
-    probe = _Probe(twin, ids, sorted({block_path(p.name) for p in parts.values() if p.inside}, key=block_of))
+    probe = _Probe(twin, ids, sorted({block_path(p.name) for p in parts.values() if p.inside}, key=_number))
     ends: dict[str, dict[str, list[str]]] = {}
     for part in parts.values():
         if part.ends_branch:
@@ -146,6 +146,10 @@ class _Probe:
     def zero(self, names: list[str]) -> dict[str, Tensor]:
         """Zeros for parameters."""
         return {name: torch.zeros_like(self.parameters[name]) for name in names}
+
+
+def _number(block: str) -> int:
+    return block_of(block) or 0
 
 
 def _keep(seen: dict[str, tuple[Tensor, Tensor]], path: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class MuP:
         for name, part in self.parts.items():
             if part.kind != "vector" and name not in now:
                 raise UsageError(
-                    f"{name} of {type(large).__name__} is drawn in no way that is known, nor is how it goes with the size",
+                    f"{name} of {type(large).__name__} is drawn in a way that is not known, and may go with the size",
                     hint="train this model without --mup-base",
                 )
         own = embedding_scale(self.base) / embedding_scale(self.target)
@@ -285,10 +284,9 @@ class MuP:
             stepped = part.kind == "hidden" and part.role != "router"
             by = chosen if stepped or step.vectors else "adamw"
             found, fans = self.ratios(name, by, scale if by == chosen else None), self._fans[name]
-            counts[
-                part.role, by, round(fans.i, 4), round(fans.o, 4), self.fold(name), found.std * self._own.get(name, 1.0),
-                found.lr, found.weight_decay, found.eps,
-            ] += 1  # fmt: skip
+            std = found.std * self._own.get(name, 1.0)
+            sizes = (round(fans.i, 4), round(fans.o, 4))
+            counts[part.role, by, *sizes, self.fold(name), std, found.lr, found.weight_decay, found.eps] += 1
         keys = ("role", "optimizer", "fan-in", "fan-out", "fold", "std", "lr", "weight decay", "eps")
         return [{**dict(zip(keys, row, strict=True)), "count": count} for row, count in counts.items()]
 

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -16,7 +16,7 @@ from lowrank_kit.errors import UsageError, did_you_mean
 _HEADS = "keep it, and add heads with the width"
 _EXPERTS = "experts are not scaled"
 _MULTIPLIER = re.compile(r"multiplier|logits_scaling|logit_scale|scale_emb|scale_depth|pre_attn_scalar")
-Config = PreTrainedConfig | str | Path
+Config: TypeAlias = PreTrainedConfig | str | Path
 
 
 def resolve_configs(base: Config | Mapping[str, Any], target: Config) -> tuple[PreTrainedConfig, PreTrainedConfig]:
@@ -89,11 +89,11 @@ def check_sizes(base: PreTrainedConfig, target: PreTrainedConfig) -> None:
         small, large = found(base.get_text_config()), found(target.get_text_config())
         if small != large:
             raise UsageError(f"base and target differ in {what}: {small:g} and {large:g}", hint=hint)
-    small, large = _multipliers(base.get_text_config()), _multipliers(target.get_text_config())
-    for name in small:
-        if small[name] != large.get(name):
+    theirs = _multipliers(target.get_text_config())
+    for name, value in _multipliers(base.get_text_config()).items():
+        if value != theirs.get(name):
             raise UsageError(
-                f"base and target differ in {name}: {small[name]} and {large.get(name)}",
+                f"base and target differ in {name}: {value} and {theirs.get(name)}",
                 hint="the scaling has multipliers of its own: keep those of the config",
             )
     if depth_of(base) > depth_of(target):

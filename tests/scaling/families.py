@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from lowrank_kit.errors import UsageError
 from lowrank_kit.scaling import MuP, find_folds
 from tests.families import FAMILIES
-from tests.more_families import MORE, VOCABULARY, tiny_config
+from tests.more_families import EXAMPLES, MORE, VOCABULARY, tiny_config
 
 PASSED, REFUSED, ABSENT = "passed", "refused", "not in this transformers"
 # Sizes that go with the width, by the names that configs have for them. Heads go with it, head dimensions do not.
@@ -24,6 +24,8 @@ WIDE = (
     *("num_key_value_heads", "mlp_hidden_size", "intermediate_size_mlp"),
     *("mamba_n_heads", "mamba_num_heads", "mamba_d_ssm"),
 )
+# What a config makes of the depth itself, or has two of whatever the depth.
+_FOLLOWS = {"attention_layers", "attn_layer_indices", "moe_layers", "time_step_limit"}
 DEEP = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -67,7 +69,11 @@ def twice(family: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     depth, given = base.get_text_config().num_hidden_layers, _arguments(make)
     wide = {name: _twice(given[name]) for name in WIDE if given.get(name)}
     deep = {name: 2 * given[name] for name in DEEP if given.get(name)}
-    lists = {name: 2 * value for name, value in (given | wide).items() if isinstance(value, list) and len(value) == depth and "multiplier" not in name}
+    lists = {
+        name: 2 * value
+        for name, value in (given | wide).items()
+        if isinstance(value, list) and len(value) == depth and "multiplier" not in name
+    }
     if family == "gpt_neo":  # which makes one list of another
         lists = {"attention_types": [[["global", "local"], depth]]}
     return base, type(base)(**given | wide | deep | lists)
@@ -82,7 +88,7 @@ def _arguments(make: Any) -> dict[str, Any]:
     if make.func is not tiny_config:
         return dict(make.keywords)
     family, given = make.args
-    known = CONFIG_MAPPING[family]().to_dict().keys() - {"attention_layers", "attn_layer_indices", "moe_layers", "time_step_limit"}
+    known = CONFIG_MAPPING[family]().to_dict().keys() - _FOLLOWS
     return {name: value for name, value in tiny_config(family, given).to_dict().items() if name in known} | given
 
 
@@ -114,3 +120,21 @@ def outcome_of(family: str) -> Outcome:
 
 def _leaf(key: str) -> str:
     return key.removesuffix(".weight").rpartition(".")[2]
+
+
+def rows(outcomes: dict[str, Outcome]) -> Iterator[dict[str, str]]:
+    """The page's table, a row for each family."""
+    for family, outcome in outcomes.items():
+        yield {
+            "family": f"**{family}**" if family in FAMILIES else family,
+            "models": EXAMPLES[family],
+            "scaled": outcome.way,
+            "branches": _names(outcome.ends, "gain of " if outcome.after else ""),
+            "logits": _names([outcome.output] if outcome.output else [], "gain of " if outcome.output_gain else ""),
+            "embeddings": "" if outcome.scale == 1 else f"x {outcome.scale:.3g}",
+            "why not": outcome.why.replace("|", "\\|"),
+        }
+
+
+def _names(names: Iterable[str], before: str) -> str:
+    return ", ".join(f"{before}`{name}`" for name in names)

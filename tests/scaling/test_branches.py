@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lowrank_kit.errors import UsageError
@@ -20,10 +20,10 @@ from tests.more_families import MORE, tiny_config
 from tests.scaling.cases import config
 
 BRANCH, GAIN = Fold("branch"), Fold("branch", offset=True)
-O, DOWN, HEAD = "model.layers.*.self_attn.o_proj.weight", "model.layers.*.mlp.down_proj.weight", "lm_head.weight"
-LLAMA = {O: BRANCH, DOWN: BRANCH, HEAD: Fold("output")}
-TIED = {O: BRANCH, DOWN: BRANCH, "model.norm.weight": Fold("output")}
-EXPERTS = {O: BRANCH, "model.layers.*.mlp.experts.down_proj": BRANCH, HEAD: Fold("output")}
+OUT, DOWN, HEAD = "model.layers.*.self_attn.o_proj.weight", "model.layers.*.mlp.down_proj.weight", "lm_head.weight"
+LLAMA = {OUT: BRANCH, DOWN: BRANCH, HEAD: Fold("output")}
+TIED = {OUT: BRANCH, DOWN: BRANCH, "model.norm.weight": Fold("output")}
+EXPERTS = {OUT: BRANCH, "model.layers.*.mlp.experts.down_proj": BRANCH, HEAD: Fold("output")}
 GEMMA = {
     "model.layers.*.post_attention_layernorm.weight": GAIN,
     "model.layers.*.post_feedforward_layernorm.weight": GAIN,
@@ -52,7 +52,7 @@ EXPECTED = {
         HEAD: Fold("output"),
     },
     "phi3": LLAMA,
-    "gemma": {O: BRANCH, DOWN: BRANCH, "model.norm.weight": Fold("output", offset=True)},
+    "gemma": {OUT: BRANCH, DOWN: BRANCH, "model.norm.weight": Fold("output", offset=True)},
     "gemma2": GEMMA,
     "gemma3": GEMMA,
     "mixtral": EXPERTS,
@@ -172,7 +172,7 @@ def test_a_branch_that_nobody_knows(odd: Any, kind: str) -> None:
 
 
 def test_a_branch_that_is_linear_in_nothing(odd: Any) -> None:
-    with pytest.raises(UsageError, match="o_proj.weight of OddForCausalLM: neither it nor a gain"):
+    with pytest.raises(UsageError, match=r"o_proj.weight of OddForCausalLM: neither it nor a gain"):
         find_folds(odd("tanh"))
 
 

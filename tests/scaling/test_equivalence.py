@@ -36,9 +36,7 @@ def scaling(family: str, tied: bool, target: tuple[int, int], **options: str) ->
 
 def ours(optimizer: str) -> Make:
     def make(rule: MuP, model: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(
-            model, adamw_lr=0.01, weight_decay=0.1, momentum_dtype="float64", **RULES[optimizer]
-        )
+        groups = parameter_groups(model, adamw_lr=0.01, weight_decay=0.1, momentum_dtype="float64", **RULES[optimizer])
         # An eps that matters, of what AdamW steps.
         return NuMuon(rule.scaled([{**group, "eps": 1e-3} for group in groups]))
 
@@ -117,7 +115,7 @@ def test_fused_experts(family: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "numuon"])
 def test_gains_after_branches(optimizer: str) -> None:
-    """Gemma multiplies embeddings by sqrt(width), and computes its norms in float32, of gains stored as w = gain - 1."""
+    """Gemma multiplies embeddings by sqrt(width), and computes norms in float32, of gains stored as w = gain - 1."""
     assert apart("gemma2", ours(optimizer), tied=True) <= 1e-5
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from evals.scaling.families import rows
 from lowrank_kit.report.tables import markdown_table
 from tests.families import FAMILIES
 from tests.more_families import MORE
-from tests.scaling.families import PASSED, REFUSED, outcome_of
+from tests.scaling.families import PASSED, REFUSED, outcome_of, rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling-architectures.md"
 OTHERS = ("olmo2", "deepseek_v3", "xglm", "mamba")

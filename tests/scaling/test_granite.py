@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GraniteForCausalLM
@@ -61,7 +63,7 @@ def test_a_granite_in_the_explicit_form_trains_as_a_folded_llama() -> None:
 
 
 def test_multipliers_that_the_base_has_are_kept() -> None:
-    own = {"residual_multiplier": 0.5, "logits_scaling": 8.0}
+    own: dict[str, Any] = {"residual_multiplier": 0.5, "logits_scaling": 8.0}
     base, target = config("granite", 16, 1, **own), config("granite", 64, 4, **own)
     model = MuP(base, target, form="explicit").build()
     assert (model.config.residual_multiplier, model.config.logits_scaling) == (1 / 8, 32)

@@ -127,8 +127,11 @@ def test_names_of_a_wrapped_model() -> None:
     [
         ({"params": []}, 'group 0 "" has 0 parameters and 0 names'),
         ({"params": [1], "name": "matrices"}, 'group 0 "matrices" has 1 parameters and 0 names'),
-        ({"params": [1], "param_names": ["model.nothing.weight"]}, "model.nothing.weight is no parameter of the target"),
-        ({"params": [1], "param_names": ["lm_head.weight"], "rule": "muonn"}, '"muonn", is not known|"muonn" is'),
+        (
+            {"params": [1], "param_names": ["model.nothing.weight"]},
+            "model.nothing.weight is no parameter of the target",
+        ),
+        ({"params": [1], "param_names": ["lm_head.weight"], "rule": "muonn"}, '"muonn" is, is not known'),
         (
             {"params": [1], "param_names": ["model.layers.0.mlp.up_proj.weight"], "rule": "muon", "scale": "rms"},
             'scale "rms" is',
@@ -207,14 +210,16 @@ def test_unknown_words(options: dict[str, str], said: str) -> None:
 
 
 def test_state_spaces_are_refused() -> None:
-    with pytest.raises(UsageError, match="no scaling rule for .*A_log"):
+    with pytest.raises(UsageError, match=r"no scaling rule for .*A_log"):
         MuP(tiny_config("mamba", {}), tiny_config("mamba", {**MORE["mamba"][1], "hidden_size": 64}))
 
 
 def test_blocks_that_are_not_alike() -> None:
-    base, target = (tiny_config("deepseek_v3", MORE["deepseek_v3"][1] | given) for given in ({}, {"num_hidden_layers": 4}))
+    base, target = (
+        tiny_config("deepseek_v3", MORE["deepseek_v3"][1] | given) for given in ({}, {"num_hidden_layers": 4})
+    )
     base.first_k_dense_replace = 2  # no experts at all
-    with pytest.raises(UsageError, match="only the target has model.layers.\\*.mlp"):
+    with pytest.raises(UsageError, match=r"only the target has model.layers.\*.mlp"):
         MuP(base, target)
 
 
@@ -223,7 +228,7 @@ def test_parameters_that_are_drawn_in_no_known_way(monkeypatch: pytest.MonkeyPat
 
     real = mup.initial_stds
     monkeypatch.setattr(mup, "initial_stds", lambda model: {k: v for k, v in real(model).items() if "q_proj" not in k})
-    with pytest.raises(UsageError, match="q_proj.weight of LlamaForCausalLM is drawn in no way that is known"):
+    with pytest.raises(UsageError, match=r"q_proj.weight of LlamaForCausalLM is drawn in a way that is not known"):
         MuP(config("llama", 16, 1), config("llama", 32, 1))
 
 

@@ -1,0 +1,80 @@
+"""One architecture in many sizes: what checks of a scaling rule train."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from lowrank_kit.errors import UsageError
+from lowrank_kit.scaling.sizes import depth_of, width_of
+
+# Numbers of a text config that go with the width; head dimension and key heads' share stay.
+_WIDE = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "word_embed_proj_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+class Size(NamedTuple):
+    """One member: width of the residual stream, and blocks."""
+
+    width: int
+    depth: int
+
+
+def cross(widths: Iterable[int], depths: Iterable[int]) -> list[Size]:
+    """Sizes to see slopes by: all widths at the least depth, all depths at the least width; the base comes first.
+
+    Raises:
+        UsageError: a size below 1, or one size alone.
+    """
+    wide, deep = sorted(set(widths)), sorted(set(depths))
+    if not wide or not deep or min(wide[0], deep[0]) < 1:
+        raise UsageError(f"widths and depths are whole numbers from 1 on, got {wide} and {deep}")
+    if len(wide) == len(deep) == 1:
+        raise UsageError(
+            f"one size, width {wide[0]} and depth {deep[0]}, has no slope", hint="--widths 32,64,128 --depths 4,8,16"
+        )
+    return [*(Size(width, deep[0]) for width in wide), *(Size(wide[0], depth) for depth in deep[1:])]
+
+
+def resized(config: PreTrainedConfig, size: Size) -> PreTrainedConfig:
+    """A copy of a config with another width and depth, and the same head dimension, shares and kinds of blocks.
+
+    Raises:
+        UsageError: a width that something of the config does not divide by.
+    """
+    made = copy.deepcopy(config)
+    text = made.get_text_config()
+    width, depth = width_of(config), depth_of(config)
+    wide = {name: value for name in _WIDE if isinstance(value := getattr(text, name, None), int) and value > 0}
+    least = math.lcm(*(width // math.gcd(width, value) for value in wide.values()))
+    if size.width % least:
+        raise UsageError(
+            f"no {config.model_type} of width {size.width} has the shape of this one of width {width}: "
+            + ", ".join(f"{name} {value}" for name, value in wide.items() if name != "hidden_size"),
+            hint=f"widths that are multiples of {least}, or a --model-config with smaller heads",
+        )
+    for name, value in wide.items():
+        setattr(text, name, value * size.width // width)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth and name.endswith(("layer_types", "_layers")):
+            setattr(text, name, _repeated(value, size.depth))
+    text.num_hidden_layers = size.depth
+    return made
+
+
+def _repeated(kinds: list[Any], depth: int) -> list[Any]:
+    """What a config says of each block, for another number of blocks: its pattern over again."""
+    return [kinds[i % len(kinds)] for i in range(depth)]

@@ -29,6 +29,7 @@ VERBS = {
     "analyze": Verb("analyze", "Measure the singular values of every matrix of a model."),
     "compress": Verb("compress", "Factorize a model's matrices to a target size."),
     "eval": Verb("eval", "Score models, dense or compressed, side by side."),
+    "scale": Verb("scale", "Take settings tuned on a small model to a wide and deep one."),
     "quickstart": Verb("quickstart", "Train, analyze, compress and score small models, start to end."),
     "env": Verb("env", "Describe this machine and its packages, to paste into a bug report."),
 }
@@ -61,8 +62,9 @@ class LazyGroup(click.Group):
         if cmd_name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f".{VERBS[cmd_name].module}", __package__).command
-        if not any("--debug" in parameter.opts for parameter in command.params):
-            command.params.append(_debug_option())
+        for each in (command, *getattr(command, "commands", {}).values()):
+            if not any("--debug" in parameter.opts for parameter in each.params):
+                each.params.append(_debug_option())
         return command
 
     def resolve_command(

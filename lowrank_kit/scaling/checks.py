@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from lowrank_kit.errors import UsageError
-from lowrank_kit.scaling.observe import PLAIN, STREAM, Row
+from lowrank_kit.scaling.family import Size
+from lowrank_kit.scaling.observe import PLAIN, STREAM, Row, Training, observe
 
 # Largest slope that passes, and least slope of the control at which the check sees something: by experiments with
 # muP, whose slopes were below .1, and without, where they were 0.8 and more, and 1 to 2.
@@ -32,8 +36,8 @@ class Check:
 
     Args:
         name: spectral or coordinate.
-        slopes: rows of scaling, axis, part, condition, step, slope, bound, verdict, sizes, values (means) and worst. The
-            verdict is PASS or FAIL; of the control "seen" or "not seen"; None where nothing is promised.
+        slopes: rows of scaling, axis, part, condition, step, slope, bound, verdict, sizes, values (means) and worst.
+            The verdict is PASS or FAIL; of the control "seen" or "not seen"; None where nothing is promised.
     """
 
     name: str
@@ -67,8 +71,8 @@ class Check:
             return f"{self.name} check: PASS, largest slope {steepest:.2f} of {BOUND:g} allowed; {beside}"
         worst = self.failed[0]
         return (
-            f"{self.name} check: FAIL, {len(self.failed)} slopes, the worst {worst['slope']:+.2f} over {worst['axis']} in "
-            f"{worst['part']} {worst['condition']}, furthest off at {worst['worst']}; {beside}"
+            f"{self.name} check: FAIL, {len(self.failed)} slopes, the worst {worst['slope']:+.2f} over {worst['axis']} "
+            f"in {worst['part']} {worst['condition']}, furthest off at {worst['worst']}; {beside}"
         )
 
 
@@ -77,8 +81,8 @@ def spectral_check(rows: Iterable[Row]) -> Check:
 
         L c R(W2) R(W1), L c R(dW2) R(W1), L c R(W2) R(dW1), L c R(dW2) R(dW1),  R(A) = sqrt(n_in / n_out) |A|_2
 
-    W at the start, dW its change in all steps; c, the multiplier of the branch, is in the weight. Tells k2 from k1, which
-    the coordinate check cannot.
+    W at the start, dW its change in all steps; c, the multiplier of the branch, is in the weight. Tells k2 from k1,
+    which the coordinate check cannot.
 
     Args:
         rows: of `observe`, for a base and larger sizes, with those of `scaling="SP"` as the control.
@@ -168,6 +172,31 @@ def _worst(axis: str, by_size: Mapping[int, list[Row]], base: float) -> str:
     size, row = max(((size, row) for size, rows in by_size.items() for row in rows), key=lambda pair: far(pair[1]))
     where = f"{axis} {size}, block {row['block']}"
     return f"{where} ({row['value'] / base:.2g} times the base's)" if far(row) < math.inf else f"{where} (not finite)"
+
+
+def run_checks(
+    config: PreTrainedConfig,
+    sizes: Sequence[Size],
+    batches: Sequence[Tensor],
+    training: Training,
+    *,
+    scalings: Sequence[str] = ("k2", PLAIN),
+    seeds: int = 1,
+    device: torch.device | None = None,
+) -> tuple[list[Row], list[Check]]:
+    """Train every size in each scaling and with each seed; what was measured, and the two checks of it.
+
+    Args:
+        seeds: how many, from that of `training` on; slopes are of the means.
+        config, sizes, batches, training, scalings, device: see `observe`.
+    """
+    rows = [
+        row
+        for scaling in scalings
+        for seed in range(training.seed, training.seed + seeds)
+        for row in observe(config, sizes, batches, replace(training, seed=seed), scaling=scaling, device=device)
+    ]
+    return rows, [spectral_check(rows), coordinate_check(rows)]
 
 
 def slope_rows(check: Check) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from lowrank_kit.optim import NuMuon, parameter_groups
 from lowrank_kit.scaling.family import Size, resized
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.scaling.rules import DEPTH_RULES
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 # The control: models as their architecture makes them, all trained with the base's settings.
@@ -115,7 +118,6 @@ def observe(
     *,
     scaling: str = "k2",
     device: torch.device | None = None,
-    said: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
     """Train each size on the same batches, and measure the two pairs of each block and the last block's output.
 
@@ -126,7 +128,6 @@ def observe(
         training: settings of the base.
         scaling: a depth rule of `MuP`, or "SP": as the architecture makes the model, with the base's settings.
         device: to train on; None is the CPU.
-        said: told before each size what is done.
 
     Yields:
         Rows of scaling, seed, width, depth, part (mlp, attention, stream), block, condition, step and value, which is
@@ -141,8 +142,7 @@ def observe(
         raise UsageError(f"{training.steps} steps take as many batches, got {len(batches)}")
     base = resized(config, sizes[0])
     for size in sizes:
-        if said is not None:
-            said(f"{scaling}, width {size.width}, depth {size.depth}")
+        logger.info("%s, seed %d, width %d, depth %d", scaling, training.seed, size.width, size.depth)
         with torch.random.fork_rng():
             model, optimizer = _start(base, resized(config, size), training, scaling, device)
             for row in _trained(model, optimizer, batches, training.steps):

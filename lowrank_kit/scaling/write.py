@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lowrank_kit.report.files import new_folder, write_csv, write_json, write_png
 from lowrank_kit.report.size_plots import Lines, size_plot
 from lowrank_kit.scaling.checks import AXES, BOUND, Check
-from lowrank_kit.scaling.observe import Row
+from lowrank_kit.scaling.observe import STREAM, Row
 
 Y_LABELS = {"spectral": r"$L\,c\,R(W_2)\,R(W_1)$", "coordinate": "RMS"}
 
@@ -44,10 +44,8 @@ def check_plot(check: Check, title: str | None = None) -> Figure:
         for row in rows:
             if row["axis"] == axis:
                 points = list(zip(row["sizes"], row["values"], strict=True))
-                heading = (
-                    row["condition"] if check.name == "spectral" else f"{row['condition']} after {row['step']} steps"
-                )
-                lines.setdefault(heading, {})[row["scaling"], row["part"]] = points
+                after = f" after {row['step']} steps" if row["part"] == STREAM else ""
+                lines.setdefault(row["condition"] + after, {})[row["scaling"], row["part"]] = points
         panels.append([(heading, axis, found) for heading, found in lines.items()])
     panels = [row for row in panels if row]
     if all(len(row) == 1 for row in panels):  # side by side

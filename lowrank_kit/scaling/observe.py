@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lowrank_kit.data.blocks import token_blocks
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.data.tokenizer import train_tokenizer
-from lowrank_kit.errors import UsageError, did_you_mean
+from lowrank_kit.errors import NonFiniteError, UsageError, did_you_mean
 from lowrank_kit.matrices import Matrix, block_path, find_matrices
 from lowrank_kit.optim import NuMuon, parameter_groups
 from lowrank_kit.scaling.family import Size, resized
@@ -167,15 +167,15 @@ def _trained(model: PreTrainedModel, optimizer: NuMuon, batches: Sequence[Tensor
     before = _weights(model, pairs)
     yield _output(model, pairs, batches[0], 0)
     finite = True
-    for ids in batches[:steps]:
-        ids = ids.to(model.device)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        finite = bool(loss.isfinite())
-        if not finite:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    try:
+        for ids in batches[:steps]:
+            ids = ids.to(model.device)
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+    except NonFiniteError as error:
+        logger.info("stopped: %s", error.message)
+        finite = False
     norms = {("W", name): spectral_rms(W) for name, W in before.items()}
     for name, W in _weights(model, pairs).items():
         norms["dW", name] = spectral_rms(W - before[name]) if finite else math.nan

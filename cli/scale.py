@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 # Of tables: the rules do not ask what the vocabulary is.
 VOCABULARY, CONTEXT = 4096, 256
-VOCABULARY_OF_CHECK = 512
 # Learning rates of `check`, at which the smallest models learn well.
-RATES = {"adamw": 2**-8, "sgd": 0.1}
-MUON_RATE = 2**-7
+RATES = {"sgd": 0.1}
+RATE = 2**-7
 HINT = "print what is trained with what: lowrank scale table"
 COLUMNS = {key: key for key in ("role", "optimizer", "count")} | {"fan-in": "fan-in x", "fold": "fold", "std": "std x"}
 VALUES = ("lr", "weight decay", "eps")
@@ -176,8 +175,8 @@ def check(
     All widths at the least depth, and all depths at the least width. The spectral check is of condition 3.1 of spectral
     muP: products of the norms of two matrices of a branch, and of their updates; the coordinate check of the output of
     the last block. The slope of each, over width and over depth, is at most 0.15, else the exit code is 4. Beside it,
-    under SP, are the same models without scaling, where slopes are 0.5 to 2. The default of --lr is 2^-7, with adamw
-    2^-8, with sgd 0.1. With -o, writes check.json, check.csv, spectral.png and coordinate.png.
+    under SP, are the same models without scaling, where slopes are 0.5 to 2. The default of --lr is 2^-7, with sgd
+    0.1; every byte of the text is a token. With -o, writes check.json, check.csv, spectral.png and coordinate.png.
     """
     if output is not None:
         check_new_folder(output)
@@ -222,13 +221,13 @@ def _checked(
     from lowrank_kit.device import resolve_device
     from lowrank_kit.scaling.checks import run_checks
     from lowrank_kit.scaling.family import cross
-    from lowrank_kit.scaling.observe import PLAIN, Training, text_batches
+    from lowrank_kit.scaling.observe import BYTES, PLAIN, Training, text_batches
 
-    rate = RATES.get(optimizer, MUON_RATE) if lr is None else lr
+    rate = RATES.get(optimizer, RATE) if lr is None else lr
     training = Training(optimizer, rate, adamw_lr, steps=steps, seed=seed)
     sizes, config = cross(widths, depths), _config(model_config)
-    batches = text_batches(text, steps=steps, vocab_size=VOCABULARY_OF_CHECK, seed=seed)
-    config.get_text_config().vocab_size = VOCABULARY_OF_CHECK
+    batches = text_batches(text, steps=steps, seed=seed)
+    config.get_text_config().vocab_size = BYTES
     scalings = (depth_rule, PLAIN)
     return run_checks(config, sizes, batches, training, scalings=scalings, seeds=seeds, device=resolve_device(device))
 

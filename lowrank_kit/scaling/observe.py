@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_kit.data.blocks import token_blocks
 from lowrank_kit.data.corpus import load_corpus
-from lowrank_kit.data.tokenizer import train_tokenizer
+from lowrank_kit.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from lowrank_kit.errors import NonFiniteError, UsageError, did_you_mean
 from lowrank_kit.matrices import Matrix, block_path, find_matrices
 from lowrank_kit.optim import NuMuon, parameter_groups
@@ -27,6 +27,7 @@ from lowrank_kit.scaling.rules import DEPTH_RULES
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+BYTES = SMALLEST_VOCABULARY
 # The control: models as their architecture makes them, all trained with the base's settings.
 PLAIN = "SP"
 SCALINGS = (*DEPTH_RULES, PLAIN)
@@ -91,9 +92,11 @@ class Training:
 
 
 def text_batches(
-    source: str | None, *, steps: int, sequences: int = 8, tokens: int = 32, vocab_size: int = 512, seed: int = 0
+    source: str | None, *, steps: int, sequences: int = 8, tokens: int = 32, vocab_size: int = BYTES, seed: int = 0
 ) -> list[Tensor]:
-    """Batches of a text source for every step, int64 [sequences, tokens], with a tokenizer trained on it.
+    """Batches of a text source for every step, int64 [sequences, tokens]; every byte a token, if nothing else is said.
+
+    AdamW's rule takes updates to be of low rank, which they are the less the more tokens there are to tell apart.
 
     Raises:
         UsageError: a source that is too small.

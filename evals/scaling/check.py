@@ -1,0 +1,128 @@
+"""The spectral and the coordinate check over widths 32 to 256 and depths 4 to 64: muP, k1 and no scaling.
+
+    python evals/scaling/check.py run     # what is missing in results-check.json; one core, about ten minutes
+    python evals/scaling/check.py tables  # the tables of README.md, and the pictures
+
+Every size is trained for ten steps on the same bytes of the standard library's sources, 8 sequences of 32 in a step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from lowrank_kit.report.environment import environment
+from lowrank_kit.report.files import write_json, write_png
+from lowrank_kit.report.tables import markdown_table
+from lowrank_kit.scaling.checks import Check, coordinate_check, spectral_check
+from lowrank_kit.scaling.family import cross
+from lowrank_kit.scaling.observe import BYTES, PLAIN, Row, Training, observe, text_batches
+from lowrank_kit.scaling.write import check_plot
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results-check.json"
+SIZES = cross((32, 64, 128, 256), (4, 8, 16, 32, 64))
+OPTIMIZERS = {"muon": "Muon-Kimi", "adamw": "AdamW", "numuon": "NuMuon"}
+SCALINGS = ("k2", PLAIN, "k1")
+SEEDS = (0, 1, 2)
+TRAINING: dict[str, Any] = {"lr": 2**-7, "steps": 10}
+CONFIG = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=88,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=BYTES,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
+
+
+def run() -> None:
+    """Train what is missing, seed by seed; the results are written after each."""
+    torch.set_num_threads(1)
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    document |= {"config": CONFIG.to_diff_dict(), "training": TRAINING, "environment": environment()}
+    done = {(found["optimizer"], found["scaling"], found["seed"]) for found in document["runs"]}
+    batches = text_batches(None, steps=TRAINING["steps"])
+    for seed in SEEDS:
+        for optimizer in OPTIMIZERS:
+            for scaling in SCALINGS:
+                if (optimizer, scaling, seed) in done:
+                    continue
+                started = time.perf_counter()
+                training = Training(optimizer, seed=seed, **TRAINING)
+                rows = list(observe(CONFIG, SIZES, batches, training, scaling=scaling))
+                seconds = time.perf_counter() - started
+                one = {"optimizer": optimizer, "scaling": scaling, "seed": seed, "seconds": round(seconds, 1)}
+                document["runs"].append({**one, "values": packed(rows)})
+                write_json(RESULTS, document)
+                print(f"{optimizer}, {scaling}, seed {seed}: {seconds:.0f} s", flush=True)
+
+
+def packed(rows: list[Row]) -> list[list[Any]]:
+    """[width, depth, part, condition, step, values of its blocks] for each."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("width", "depth", "part", "condition", "step"))
+        found.setdefault(key, []).append(float(f"{row['value']:.4g}"))
+    return [[*key, values] for key, values in found.items()]
+
+
+def unpacked(one: dict[str, Any]) -> list[Row]:
+    """The rows again."""
+    names = ("width", "depth", "part", "condition", "step")
+    return [
+        {
+            "scaling": one["scaling"],
+            "seed": one["seed"],
+            **dict(zip(names, key, strict=True)),
+            "block": block if len(values) > 1 else key[1] - 1,
+            "value": float("nan") if value is None else value,
+        }
+        for *key, values in one["values"]
+        for block, value in enumerate(values)
+    ]
+
+
+def checks_of(optimizer: str) -> list[Check]:
+    """Both checks of the means over seeds."""
+    runs = json.loads(RESULTS.read_text())["runs"]
+    rows = [row for one in runs if one["optimizer"] == optimizer for row in unpacked(one)]
+    return [spectral_check(rows), coordinate_check(rows)]
+
+
+def tables() -> None:
+    """Print the tables, and draw the pictures."""
+    rows: list[dict[str, Any]] = []
+    for optimizer, label in OPTIMIZERS.items():
+        checks = checks_of(optimizer)
+        for check in checks:
+            rows += table_rows(label, check)
+            write_png(HERE / f"{check.name}-{optimizer}.png", check_plot(check, f"{label}: {check.name} check"))
+    print(markdown_table(rows))
+
+
+def table_rows(label: str, check: Check) -> list[dict[str, Any]]:
+    """A row for each axis, part and scaling, a column for each condition, to two decimals."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in check.slopes:
+        if row["verdict"] is not None:
+            key = (row["axis"], row["part"], row["scaling"])
+            one = found.setdefault(key, dict(zip(("over", "part", "scaling"), key, strict=True)))
+            mark = "**" if row["verdict"] == "FAIL" else ""
+            one[row["condition"]] = f"{mark}{row['slope']:+.2f}{mark}"
+    return [{"optimizer": label, **one} for one in found.values()]
+
+
+if __name__ == "__main__":
+    {"run": run, "tables": tables}[sys.argv[1]]()

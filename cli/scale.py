@@ -153,7 +153,7 @@ def _absolute(rule: MuP, given: dict[str, float | None]) -> list[dict[str, Any]]
 @click.option("--optimizer", metavar="NAME", default="muon", show_default=True, help="muon, numuon, adamw or sgd.")
 @depth_option
 @click.option("--lr", type=float, default=None, help="Constant learning rate; left out, see below.")
-@click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, --lr.")
+@click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, see below.")
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Optimizer steps.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many; means are checked.")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
@@ -175,8 +175,10 @@ def check(
     All widths at the least depth, and all depths at the least width. The spectral check is of condition 3.1 of spectral
     muP: products of the norms of two matrices of a branch, and of their updates; the coordinate check of the output of
     the last block. The slope of each, over width and over depth, is at most 0.15, else the exit code is 4. Beside it,
-    under SP, are the same models without scaling, where slopes are 0.5 to 2. The default of --lr is 2^-7, with sgd
-    0.1; every byte of the text is a token. With -o, writes check.json, check.csv, spectral.png and coordinate.png.
+    under SP, are the same models without scaling, where slopes are 0.5 to 2.
+
+    Left out, --lr is 2^-7, with sgd 0.1, and --adamw-lr the same, with muon and numuon a quarter of it. Every byte of
+    the text is a token. With -o, writes check.json, check.csv, spectral.png and coordinate.png.
     """
     if output is not None:
         check_new_folder(output)

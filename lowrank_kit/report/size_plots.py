@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from lowrank_kit.report.style import FAINT, INK, MARKERS, colours, styled
 
 # (Series, kind): a colour for each series, a dash for each kind.
 Lines = Mapping[tuple[str, str], Sequence[tuple[float, float]]]
-DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
 
 def size_plot(
@@ -45,7 +46,7 @@ def size_plot(
                 axes.set_title(heading, parse_math=False)
                 axes.set_xlabel(x_label)
         figure.supylabel(f"{y_label}, relative to the base", fontsize=10, color=INK)
-        figure.legend(handles=_handles(colour, kinds, bound), loc="outside lower center", ncols=5)
+        figure.legend(handles=_handles(colour, kinds, bound), loc="outside lower center", ncols=6 if columns > 2 else 4)
     return figure
 
 

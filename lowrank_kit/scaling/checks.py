@@ -82,7 +82,7 @@ def spectral_check(rows: Iterable[Row]) -> Check:
         L c R(W2) R(W1), L c R(dW2) R(W1), L c R(W2) R(dW1), L c R(dW2) R(dW1),  R(A) = sqrt(n_in / n_out) |A|_2
 
     W at the start, dW its change in all steps; c, the multiplier of the branch, is in the weight. Tells k2 from k1,
-    which the coordinate check cannot.
+    which the coordinate check mostly cannot.
 
     Args:
         rows: of `observe`, for a base and larger sizes, with those of `scaling="SP"` as the control.

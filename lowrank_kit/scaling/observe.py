@@ -20,6 +20,7 @@ from lowrank_kit.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from lowrank_kit.errors import NonFiniteError, UsageError, did_you_mean
 from lowrank_kit.matrices import Matrix, block_path, find_matrices
 from lowrank_kit.optim import NuMuon, parameter_groups
+from lowrank_kit.optim.rules import MATRIX_RULES
 from lowrank_kit.scaling.family import Size, resized
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.scaling.rules import DEPTH_RULES
@@ -61,7 +62,8 @@ class Training:
     Args:
         optimizer: name in `OPTIMIZERS`.
         lr: learning rate of the matrices, constant.
-        adamw_lr: of all that is no matrix; None is `lr`.
+        adamw_lr: of all that is no matrix; None is `lr`, and a quarter of it beside muon and numuon, lest embeddings
+            that grow hide what the blocks give.
         weight_decay: decoupled.
         steps: how many, one batch each.
         seed: of the weights.
@@ -87,7 +89,9 @@ class Training:
     def groups(self, model: PreTrainedModel) -> list[dict[str, Any]]:
         """Groups for `NuMuon`, of the base's settings."""
         options = {**OPTIMIZERS[self.optimizer], **self.options}
-        groups = parameter_groups(model, lr=self.lr, adamw_lr=self.adamw_lr, weight_decay=self.weight_decay, **options)
+        share = 0.25 if options["rule"] in MATRIX_RULES else 1.0
+        adamw_lr = share * self.lr if self.adamw_lr is None else self.adamw_lr
+        groups = parameter_groups(model, lr=self.lr, adamw_lr=adamw_lr, weight_decay=self.weight_decay, **options)
         return [{"eps": _EPS, **group} for group in groups]
 
 

@@ -14,6 +14,7 @@ from lowrank_kit.scaling.checks import AXES, BOUND, Check
 from lowrank_kit.scaling.observe import STREAM, Row
 
 Y_LABELS = {"spectral": r"$L\,c\,R(W_2)\,R(W_1)$", "coordinate": "RMS"}
+LABELS = {"k2": "muP", "k1": "muP, k1", "none": "muP, width alone"}
 
 
 def write_checks(output: Path, rows: Sequence[Row], checks: Sequence[Check], document: Mapping[str, Any]) -> None:
@@ -44,8 +45,9 @@ def check_plot(check: Check, title: str | None = None) -> Figure:
         for row in rows:
             if row["axis"] == axis:
                 points = list(zip(row["sizes"], row["values"], strict=True))
+                label = str(LABELS.get(row["scaling"], row["scaling"]))
                 after = f" after {row['step']} steps" if row["part"] == STREAM else ""
-                lines.setdefault(row["condition"] + after, {})[row["scaling"], row["part"]] = points
+                lines.setdefault(row["condition"] + after, {})[label, row["part"]] = points
         panels.append([(heading, axis, found) for heading, found in lines.items()])
     panels = [row for row in panels if row]
     if all(len(row) == 1 for row in panels):  # side by side

@@ -24,7 +24,9 @@ def surface() -> str:
         command = lowrank.get_command(context, name)
         assert command is not None
         with click.Context(command, info_name=name, parent=context):
-            lines += ["", f"lowrank {name}", *(parameter_line(parameter) for parameter in command.params)]
+            members = {f"{name} {word}": each for word, each in getattr(command, "commands", {}).items()}
+            for words, each in {name: command, **members}.items():
+                lines += ["", f"lowrank {words}", *(parameter_line(parameter) for parameter in each.params)]
     return "\n".join(lines) + "\n"
 
 

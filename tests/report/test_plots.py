@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lowrank_kit.report.plots import decay_bands_plot, decay_plot, heatmap_plot, pareto_plot
+from lowrank_kit.report.size_plots import size_plot
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -67,6 +68,16 @@ def pareto(log_y: bool = True) -> Figure:
     return pareto_plot(SERIES, **labels, log_y=log_y)
 
 
+def sizes(columns: int = 4, rows: int = 2, top: float = 4.0) -> Figure:
+    lines = {
+        (name, kind): [(size, (size / 32) ** power * (1 + shift)) for size in (32, 64, 128)]
+        for name, power in (("muP", 0.02), ("SP", math.log2(top) / 2))
+        for kind, shift in (("mlp", 0.0), ("attention", 0.1))
+    }
+    panels = [[(f"C{column}", "width", lines) for column in range(columns)] for _ in range(rows)]
+    return size_plot(panels, title="Spectral check", y_label="RMS", bound=0.15)
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "decay of 7 roles, 12 blocks": lambda: decay(7, 12),
     "decay of 1 role, 1 block": lambda: decay(1, 1),
@@ -78,6 +89,10 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "heat map of differences": lambda: heatmap(12, diverging=True),
     "pareto": lambda: pareto(log_y=False),
     "pareto, log": pareto,
+    "sizes, 8 panels": sizes,
+    "sizes, 2 panels": lambda: sizes(2, 1),
+    "sizes, 1 panel, small range": lambda: sizes(1, 1, top=1.1),
+    "sizes, wide range": lambda: sizes(4, 2, top=1000.0),
 }
 
 
@@ -117,6 +132,17 @@ def drawn_texts(figure: Figure) -> list[Text]:
 
 def xy(line: Any) -> np.ndarray:
     return np.asarray(line.get_xydata(), dtype=float)
+
+
+def test_sizes_are_drawn_relative_to_the_base_and_what_is_no_number_is_left_out() -> None:
+    lines = {("muP", "mlp"): [(64, 6.0), (32, 3.0), (128, math.nan)], ("SP", "mlp"): [(32, math.nan), (64, 1.0)]}
+    figure = size_plot([[("C", "width", lines)]], title="", y_label="", bound=0.5)
+    drawn, empty = figure.axes[0].lines
+    np.testing.assert_allclose(xy(drawn), [(32, 1), (64, 2)])
+    assert len(xy(empty)) == 0
+    wedge = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert np.asarray(wedge)[:, 1].max() == pytest.approx(2.0)  # (128 / 32)^.5
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["muP", "SP", "slope up to 0.5"]
 
 
 def test_decay_draws_the_ratio_to_the_first_against_the_share() -> None:

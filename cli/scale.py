@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +27,11 @@ VALUES = ("lr", "weight decay", "eps")
 NO_MATRICES = ("embedding", "head", "router", "bias", "gain")
 
 
-def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
+        return None if value is None else tuple(int(part) for part in value.split(",") if part.strip())
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of whole numbers, such as 32,64,128.") from None
-
-
-def sizes_option(name: str, default: str) -> Callable[..., Any]:
-    """An option of several sizes."""
-    return click.option(
-        name, metavar="A,B,...", default=default, show_default=True, callback=_sizes, help="The least is the base's."
-    )
 
 
 depth_option = click.option(
@@ -141,14 +133,7 @@ def _absolute(rule: MuP, given: dict[str, float | None]) -> list[dict[str, Any]]
     show_default=True,
     help="The shape that is made in all sizes.",
 )
-@click.option(
-    "--widths",
-    metavar="A,B,...",
-    default="32,64,128",
-    show_default=True,
-    callback=_sizes,
-    help="The least is the base's.",
-)
+@click.option("--widths", metavar="A,B,...", default=None, callback=_sizes, help="The least is the base's; see below.")
 @click.option("--depths", metavar="A,B,...", default="4,8,16", show_default=True, callback=_sizes, help="Likewise.")
 @click.option("--optimizer", metavar="NAME", default="muon", show_default=True, help="muon, numuon, adamw or sgd.")
 @depth_option
@@ -177,8 +162,9 @@ def check(
     the last block. The slope of each, over width and over depth, is at most 0.15, else the exit code is 4. Beside it,
     under SP, are the same models without scaling, where slopes are 0.5 to 2.
 
-    Left out, --lr is 2^-7, with sgd 0.1, and --adamw-lr the same, with muon and numuon a quarter of it. Every byte of
-    the text is a token. With -o, writes check.json, check.csv, spectral.png and coordinate.png.
+    Left out, --widths are the least that heads and MLP of this shape allow, from 32 on, its double and fourfold; --lr
+    is 2^-7, with sgd 0.1, and --adamw-lr the same, with muon and numuon a quarter. Every byte is a token. With -o,
+    writes check.json, check.csv, spectral.png and coordinate.png.
     """
     if output is not None:
         check_new_folder(output)
@@ -208,7 +194,7 @@ def check(
 def _checked(
     *,
     model_config: str,
-    widths: tuple[int, ...],
+    widths: tuple[int, ...] | None,
     depths: tuple[int, ...],
     optimizer: str,
     depth_rule: str,
@@ -222,12 +208,13 @@ def _checked(
 ) -> tuple[list[dict[str, Any]], list[Check]]:
     from lowrank_kit.device import resolve_device
     from lowrank_kit.scaling.checks import run_checks
-    from lowrank_kit.scaling.family import cross
+    from lowrank_kit.scaling.family import cross, least_widths
     from lowrank_kit.scaling.observe import BYTES, PLAIN, Training, text_batches
 
     rate = RATES.get(optimizer, RATE) if lr is None else lr
     training = Training(optimizer, rate, adamw_lr, steps=steps, seed=seed)
-    sizes, config = cross(widths, depths), _config(model_config)
+    config = _config(model_config)
+    sizes = cross(least_widths(config) if widths is None else widths, depths)
     batches = text_batches(text, steps=steps, seed=seed)
     config.get_text_config().vocab_size = BYTES
     scalings = (depth_rule, PLAIN)

@@ -58,8 +58,7 @@ def resized(config: PreTrainedConfig, size: Size) -> PreTrainedConfig:
     made = copy.deepcopy(config)
     text = made.get_text_config()
     width, depth = width_of(config), depth_of(config)
-    wide = {name: value for name in _WIDE if isinstance(value := getattr(text, name, None), int) and value > 0}
-    least = math.lcm(*(width // math.gcd(width, value) for value in wide.values()))
+    wide, least = _wide(config), _step(config)
     if size.width % least:
         raise UsageError(
             f"no {config.model_type} of width {size.width} has the shape of this one of width {width}: "
@@ -73,6 +72,25 @@ def resized(config: PreTrainedConfig, size: Size) -> PreTrainedConfig:
             setattr(text, name, _repeated(value, size.depth))
     text.num_hidden_layers = size.depth
     return made
+
+
+def least_widths(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """The least width from 32 on that the shape of a config allows, twice and four times it."""
+    step = _step(config)
+    least = step * math.ceil(32 / step)
+    return least, 2 * least, 4 * least
+
+
+def _wide(config: PreTrainedConfig) -> dict[str, int]:
+    """What goes with the width."""
+    text = config.get_text_config()
+    return {name: value for name in _WIDE if isinstance(value := getattr(text, name, None), int) and value > 0}
+
+
+def _step(config: PreTrainedConfig) -> int:
+    """What a width has to be a multiple of for all that goes with it to be whole."""
+    width = width_of(config)
+    return math.lcm(*(width // math.gcd(width, value) for value in _wide(config).values()))
 
 
 def _repeated(kinds: list[Any], depth: int) -> list[Any]:

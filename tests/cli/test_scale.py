@@ -160,6 +160,13 @@ def test_what_cannot_be_checked(
     assert words in capsys.readouterr().err
 
 
+def test_widths_left_out_are_those_of_the_shape(check: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    place = check.index("--widths")
+    assert run([*check[:place], *check[place + 2 :], "--depths", "1", "--steps", "1"]) in (0, 4)  # one step: noise
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("k2")]
+    assert told == [f"k2, seed 0, width {width}, depth 1" for width in (32, 64, 128)]
+
+
 def test_debug_is_an_option_of_each(capsys: pytest.CaptureFixture[str]) -> None:
     for name in command.commands:
         assert run(["scale", name, "--help"]) == 0

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from lowrank_kit.errors import UsageError
 from lowrank_kit.scaling.checks import Check, coordinate_check, run_checks, slope_rows, spectral_check
-from lowrank_kit.scaling.family import Size, cross, resized
+from lowrank_kit.scaling.family import Size, cross, least_widths, resized
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.scaling.observe import BYTES, PLAIN, Row, Training, observe, spectral_rms, text_batches
 from lowrank_kit.scaling.write import write_checks
@@ -204,8 +204,16 @@ def test_spectral_rms() -> None:
     assert math.isnan(spectral_rms(A))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen3_moe"])
-def test_products_are_of_the_weights_and_their_changes(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "part", "first", "second"),
+    [
+        ("gpt2", "mlp", "h.1.mlp.c_fc.weight", "h.1.mlp.c_proj.weight"),
+        ("gpt2", "attention", "h.1.attn.c_attn.weight", "h.1.attn.c_proj.weight"),
+        ("phi3", "mlp", "layers.1.mlp.gate_up_proj.weight", "layers.1.mlp.down_proj.weight"),
+        ("qwen3_moe", "mlp", "layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_products_are_of_the_weights_and_their_changes(family: str, part: str, first: str, second: str) -> None:
     """Transposed, fused and stacked: against the norms of the parameters, one step of SGD by hand."""
     config: PreTrainedConfig = FAMILIES[family]()
     ids = torch.randint(0, VOCAB_SIZE, (4, 16))
@@ -214,11 +222,6 @@ def test_products_are_of_the_weights_and_their_changes(family: str) -> None:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(resized(config, size), dtype=torch.float32).eval()
     model(input_ids=ids, labels=ids).loss.backward()
-    first, second = {
-        "gpt2": ("h.1.mlp.c_fc.weight", "h.1.mlp.c_proj.weight"),
-        "phi3": ("layers.1.mlp.gate_up_proj.weight", "layers.1.mlp.down_proj.weight"),
-        "qwen3_moe": ("layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"),
-    }[family]
     parameters = {name.partition(".")[2]: p for name, p in model.named_parameters()}
 
     def norms(name: str, change: bool) -> list[float]:
@@ -234,7 +237,7 @@ def test_products_are_of_the_weights_and_their_changes(family: str) -> None:
         ("C2.3 dW2 dW1", 1, 1),
     ):
         products = [a * b for a, b in zip(norms(second, bool(dW2)), norms(first, bool(dW1)), strict=True)]
-        found = [row["value"] for row in rows if (row["part"], row["block"], row["condition"]) == ("mlp", 1, condition)]
+        found = [row["value"] for row in rows if (row["part"], row["block"], row["condition"]) == (part, 1, condition)]
         assert found == pytest.approx([2 * sum(products) / len(products)], rel=1e-3)
     start = next(row for row in rows if row["part"] == "stream" and row["step"] == 0)
     with torch.no_grad():
@@ -275,6 +278,13 @@ def test_resized_keeps_the_shape() -> None:
     with pytest.raises(UsageError, match="of width 48") as refusal:
         resized(config, Size(48, 2))
     assert "multiples of 32" in str(refusal.value)
+
+
+def test_least_widths_are_those_that_the_shape_allows() -> None:
+    assert least_widths(CONFIG) == (32, 64, 128)
+    of_16 = LlamaConfig(hidden_size=768, intermediate_size=2048, num_attention_heads=16, num_key_value_heads=4)
+    assert least_widths(of_16) == (192, 384, 768)  # four heads of 48 for one key head
+    resized(of_16, Size(192, 1))
 
 
 def test_batches_of_a_text_are_the_same_each_time_and_too_little_is_refused(

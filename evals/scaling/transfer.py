@@ -1,0 +1,164 @@
+"""Does a learning rate tuned on a small model serve wider and deeper ones: three optimizers, with norms and without.
+
+    python evals/scaling/transfer.py run                     # train what is missing, hours on one core
+    python evals/scaling/transfer.py run --folder DIR        # into another folder, to go on from there
+    python evals/scaling/transfer.py tables                  # results-transfer.json, tables and pictures from what is there
+
+Small Llamas on the standard library's sources, in a vocabulary of 320 tokens, 8 sequences of 32 tokens a step. Cells
+are trained seed by seed, those first that tell most, and each is written when it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from lowrank_kit.config import to_dict
+from lowrank_kit.data.blocks import token_blocks
+from lowrank_kit.data.corpus import load_corpus
+from lowrank_kit.data.tokenizer import train_tokenizer
+from lowrank_kit.report.environment import environment
+from lowrank_kit.report.files import write_json, write_png
+from lowrank_kit.report.tables import markdown_table
+from lowrank_kit.scaling.family import Family
+from lowrank_kit.scaling.transfer import Cell, Grid, Size, Sweep
+from lowrank_kit.scaling.trial import TrialSettings
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results-transfer.json"
+VOCABULARY, TOKENS, BYTES = 320, 32, 600_000
+SEEDS = (0, 1, 2)
+WIDTHS, DEPTHS = (32, 64, 128, 256), (4, 16, 64)
+# Std of embeddings without norms, where nothing else brings the residual stream to a size near 1.
+EMBEDDING_STD = 0.5
+# Optimizer -> log2 of its learning rates.
+RATES = {
+    "muon": tuple(range(-9, -1)),
+    "numuon": tuple(range(-9, -1)),
+    "adamw": tuple(range(-11, -3)),
+}
+# The most telling first: what is varied, with norms or without, and the optimizer.
+STUDIES = [
+    ("depth", False, "muon"),
+    ("width", True, "muon"),
+    ("depth", True, "muon"),
+    ("depth", False, "numuon"),
+    ("depth", False, "adamw"),
+    ("width", True, "numuon"),
+    ("width", True, "adamw"),
+    ("depth", True, "numuon"),
+    ("depth", True, "adamw"),
+    ("width", False, "muon"),
+    ("width", False, "numuon"),
+    ("width", False, "adamw"),
+]
+# So many of them are trained under all seeds before the others.
+FIRST = 2
+
+
+def main() -> None:
+    """Run what is missing, or make the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["run", "tables"])
+    parser.add_argument("--folder", type=Path, default=HERE / "transfer", help="of the cells")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    (run if arguments.stage == "run" else tables)(arguments.folder)
+
+
+def run(folder: Path) -> None:
+    """Train the cells that are not there."""
+    blocks = read_blocks()
+    first, rest = STUDIES[:FIRST], STUDIES[FIRST:]
+    for seed, study in [*product(SEEDS, first), *product(SEEDS, rest)]:
+        axis, norms, optimizer = study
+        sweep = sweep_of(folder, axis, norms, optimizer)
+        prepare = None if norms else without_norms
+        train = Family(config(axis), blocks, trial(optimizer), prepare=prepare)
+        cells = [cell for cell in sweep.grid.cells() if cell.seed == seed]
+        sweep.run(train, cells, told=partial(_tell, sweep.path.stem))
+
+
+def _tell(name: str, cell: Cell) -> None:
+    print(f"{name}: {cell.size} {cell.rule}, seed {cell.seed}", flush=True)
+
+
+def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str) -> Sweep:
+    """One study: its grid, and the losses that are there."""
+    size = Size(config(axis).hidden_size, config(axis).num_hidden_layers)
+    widths, depths = (WIDTHS, ()) if axis == "width" else ((), DEPTHS)
+    grid = Grid(size, widths, depths, tuple(map(float, RATES[optimizer])), SEEDS)
+    fixed = {"vocabulary": VOCABULARY, "block_tokens": TOKENS, "text_bytes": BYTES, "norms": norms}
+    name = f"{optimizer}-{axis}-{'norms' if norms else 'no-norms'}.json"
+    return Sweep(grid, folder / name, {**to_dict(trial(optimizer)), **fixed, "config": config(axis).to_diff_dict()})
+
+
+def trial(optimizer: str) -> TrialSettings:
+    """How each model is trained."""
+    return TrialSettings(optimizer=optimizer, steps=100, batch_size=8)
+
+
+def config(axis: str) -> LlamaConfig:
+    """The base of an axis: 64 wide with 2 blocks for widths, 32 wide with 4 blocks for depths."""
+    width, depth = (64, 2) if axis == "width" else (32, 4)
+    return LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        intermediate_size=4 * width,
+        num_attention_heads=width // 16,
+        head_dim=16,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=TOKENS,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.5 * width**-0.5,
+    )
+
+
+@torch.no_grad()
+def without_norms(model: PreTrainedModel) -> None:
+    """Replace every norm by the identity, and bring the embeddings to a size for it."""
+    for name, module in list(model.named_modules()):
+        if "norm" in type(module).__name__.lower():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Identity())
+    weight = model.get_input_embeddings().weight
+    weight.mul_(EMBEDDING_STD / float(weight.std()))
+
+
+def read_blocks() -> Tensor:
+    """Token ids [N, T], the same for all studies."""
+    corpus = load_corpus(max_bytes=BYTES)
+    tokenizer = train_tokenizer((document.text for document in corpus.train), VOCABULARY, TOKENS)
+    return token_blocks(corpus.train, tokenizer, TOKENS).ids
+
+
+def tables(folder: Path) -> None:
+    """Gather the studies that are there into one file, and print and draw them."""
+    from lowrank_kit.scaling.picture import draw
+
+    document: dict[str, Any] = {"environment": environment(), "studies": []}
+    for axis, norms, optimizer in STUDIES:
+        sweep = sweep_of(folder, axis, norms, optimizer)
+        if not sweep.records:
+            continue
+        seeds = tuple(seed for seed in SEEDS if not [c for c in sweep.missing() if c.seed == seed])
+        name = f"{optimizer}, {axis}, {'norms' if norms else 'no norms'}"
+        document["studies"].append({"name": name, "seeds": seeds, **json.loads(sweep.path.read_text())})
+        if seeds:
+            print(f"\n{name}, {len(seeds)} seeds\n\n{markdown_table(sweep.verdict()['rows'])}")
+            write_png(folder / f"{sweep.path.stem}.png", draw(sweep, name))
+    write_json(RESULTS, document)
+
+
+if __name__ == "__main__":
+    main()

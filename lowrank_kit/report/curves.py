@@ -1,0 +1,100 @@
+"""Pictures of losses over learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from lowrank_kit.report.plots import TITLE_LETTER
+from lowrank_kit.report.style import FAINT, INK, SEQUENTIAL, styled
+
+# Losses are drawn up to so many nats above the least of a row: what lies higher says only that training failed.
+_HEADROOM = 1.5
+
+
+class UCurve(NamedTuple):
+    """Losses of one size.
+
+    Args:
+        x: log2 of the learning rates.
+        losses: [seeds, rates]; not finite where training diverged.
+        best: where the marker goes, None for none.
+        base: it is the size that rates are tuned on.
+    """
+
+    x: Sequence[float]
+    losses: NDArray[np.float64]
+    best: tuple[float, float] | None
+    base: bool
+
+
+Panel = tuple[str, Mapping[str, UCurve]]
+
+
+def u_curves_plot(rows: Sequence[Sequence[Panel]], title: str) -> Figure:
+    """Loss against log2 of the learning rate: the mean over seeds as a line, all seeds within a band, the best marked.
+
+    Args:
+        rows: of panels, each a title and its curves by name; a row shares its axes.
+        title: heading of the picture.
+    """
+    columns = max(len(row) for row in rows)
+    with styled():
+        width = max(1.8 + 3.1 * columns, TITLE_LETTER * len(title))
+        figure = Figure(figsize=(width, 1.0 + 2.9 * len(rows)))
+        figure.suptitle(title, x=0.01, ha="left", parse_math=False)
+        grid = figure.subplots(len(rows), columns, sharex=True, sharey="row", squeeze=False)
+        for panels, row in zip(grid, rows, strict=True):
+            for empty in panels[len(row) :]:
+                empty.remove()
+            for panel, (name, curves) in zip(panels, row, strict=False):
+                _draw(panel, curves)
+                panel.set_title(name, parse_math=False)
+                panel.set_xlabel(r"$\log_2$ of the learning rate")
+                panel.tick_params(labelbottom=True)
+            _limit(panels[0], [curve for _, curves in row for curve in curves.values()])
+            panels[0].set_ylabel("loss (nats)")
+            _names(panels[len(row) - 1], row)
+    return figure
+
+
+def _colours(names: Sequence[str]) -> list[tuple[float, ...]]:
+    palette = matplotlib.colormaps[SEQUENTIAL]  # without its light end
+    return [palette(0.85 * i / max(1, len(names) - 1)) for i in range(len(names))]
+
+
+def _draw(panel: Axes, curves: Mapping[str, UCurve]) -> None:
+    for colour, curve in zip(_colours(list(curves)), curves.values(), strict=True):
+        losses = np.where(np.isfinite(curve.losses), curve.losses, np.nan)  # which is not drawn
+        low, middle, high = losses.min(axis=0), losses.mean(axis=0), losses.max(axis=0)
+        panel.fill_between(curve.x, low, high, color=colour, alpha=0.18, linewidth=0)
+        panel.plot(curve.x, middle, color=colour)
+        if curve.best is None:
+            continue
+        if curve.base:
+            panel.axvline(curve.best[0], color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        panel.plot(*curve.best, marker="o", color=colour, markeredgecolor="white", markersize=7.5, zorder=4)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _limit(panel: Axes, curves: Sequence[UCurve]) -> None:
+    means = [loss for curve in curves for loss in curve.losses.mean(axis=0) if np.isfinite(loss)]
+    if means:
+        span = min(_HEADROOM, max(means) - min(means)) or 1.0
+        panel.set_ylim(min(means) - 0.06 * span, min(means) + 1.06 * span)
+
+
+def _names(panel: Axes, row: Sequence[Panel]) -> None:
+    names = list(max((curves for _, curves in row), key=len))
+    handles = [Line2D([], [], color=c, label=n) for c, n in zip(_colours(names), names, strict=True)]
+    handles.append(Line2D([], [], color=INK, marker="o", linestyle="none", label="best"))
+    handles.append(Line2D([], [], color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label="best of the base"))
+    panel.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0))

@@ -2,7 +2,7 @@
 
     python evals/scaling/transfer.py run                     # train what is missing, hours on one core
     python evals/scaling/transfer.py run --folder DIR        # into another folder, to go on from there
-    python evals/scaling/transfer.py tables                  # results-transfer.json, tables and pictures from what is there
+    python evals/scaling/transfer.py tables                  # results, tables and pictures of what is there
 
 Small Llamas on the standard library's sources, in a vocabulary of 320 tokens, 8 sequences of 32 tokens a step. Cells
 are trained seed by seed, those first that tell most, and each is written when it is done.

@@ -36,6 +36,7 @@ class UCurve(NamedTuple):
     base: bool
 
 
+RGBA = tuple[float, float, float, float]
 Panel = tuple[str, Mapping[str, UCurve]]
 
 
@@ -66,7 +67,7 @@ def u_curves_plot(rows: Sequence[Sequence[Panel]], title: str) -> Figure:
     return figure
 
 
-def _colours(names: Sequence[str]) -> list[tuple[float, ...]]:
+def _colours(names: Sequence[str]) -> list[RGBA]:
     palette = matplotlib.colormaps[SEQUENTIAL]  # without its light end
     return [palette(0.85 * i / max(1, len(names) - 1)) for i in range(len(names))]
 
@@ -93,7 +94,7 @@ def _limit(panel: Axes, curves: Sequence[UCurve]) -> None:
 
 
 def _names(panel: Axes, row: Sequence[Panel]) -> None:
-    names = list(max((curves for _, curves in row), key=len))
+    names = max((list(curves) for _, curves in row), key=len)
     handles = [Line2D([], [], color=c, label=n) for c, n in zip(_colours(names), names, strict=True)]
     handles.append(Line2D([], [], color=INK, marker="o", linestyle="none", label="best"))
     handles.append(Line2D([], [], color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label="best of the base"))

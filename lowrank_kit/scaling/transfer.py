@@ -19,7 +19,7 @@ import numpy as np
 from lowrank_kit.config import settings_difference
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.report.files import write_json
-from lowrank_kit.scaling.optimum import Transfer, transfer
+from lowrank_kit.scaling.optimum import Optimum, Transfer, transfer
 
 # Name of a rule -> depth rule of `MuP`, or None for the plain model with the base's settings.
 RULES: dict[str, str | None] = {"mup": "k2", "k1": "k1", "sp": None}
@@ -217,24 +217,18 @@ class Sweep:
         mean = self.transfer(size, rule)
         if mean is None:
             return None
-        seeds = [found for seed in self.grid.seeds if (found := self.transfer(size, rule, seed)) is not None]
+        seeds = [one for seed in self.grid.seeds if (one := self.transfer(size, rule, seed)) is not None]
         best, base = mean.optimum, size == self.grid.base
-        found = (best is not None and best.found) if base else mean.passed
-        return {
-            "axis": axis,
-            "rule": rule,
-            "width": size.width,
-            "depth": size.depth,
-            "log2 lr": None if best is None else best.log2_rate,
-            "by": "diverged" if best is None else best.how,
-            "loss": None if best is None else best.loss,
-            "shift": None if base else mean.shift,
-            "regret": None if base else mean.regret,
-            "read by": None if base else mean.read,
-            "worst shift": None if base else float(np.max([found.shift for found in seeds])),
-            "worst regret": None if base else max(found.regret for found in seeds),
-            "verdict": "base" if base and found else "PASS" if found else "FAIL",
-        }
+        passed = (best is not None and best.found) if base else mean.passed
+        row = {"axis": axis, "rule": rule, "width": size.width, "depth": size.depth}
+        row |= {"log2 lr": None, "by": "diverged", "loss": None} if best is None else _figures(best)
+        keys = ("shift", "regret", "read by", "worst shift", "worst regret")
+        figures: tuple[Any, ...] = (None,) * len(keys)
+        if not base:
+            worst = [round(float(np.max([getattr(one, key) for one in seeds])), 4) for key in keys[:2]]
+            figures = (round(mean.shift, 4), round(mean.regret, 4), mean.read, *worst)
+        verdict = "base" if base and passed else "PASS" if passed else "FAIL"
+        return {**row, **dict(zip(keys, figures, strict=True)), "verdict": verdict}
 
     def verdict(self) -> dict[str, Any]:
         """`rows`; whether the learning rate transfers under mup, None while cells are missing; why not."""
@@ -260,6 +254,10 @@ class Sweep:
             for cell, record in self.records.items()
             for rate, loss in zip(self.grid.log2_rates, record["losses"], strict=True)
         ]
+
+
+def _figures(best: Optimum) -> dict[str, Any]:
+    return {"log2 lr": round(best.log2_rate, 4), "by": best.how, "loss": round(best.loss, 4)}
 
 
 def _reason(row: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,23 +157,24 @@ def _train_ensemble(
     model: PreTrainedModel, rule: MuP | None, batches: Tensor, rates: Sequence[float], settings: TrialSettings
 ) -> Tensor:
     """Losses [steps, members]; those of a member are inf from where it diverged on."""
-    first = {name: p.detach() for name, p in model.named_parameters()}
-    stacked = {name: p.repeat(len(rates), *[1] * p.ndim).requires_grad_() for name, p in first.items()}
+    stacked = {
+        name: p.detach().repeat(len(rates), *[1] * p.ndim).requires_grad_() for name, p in model.named_parameters()
+    }
     groups = _groups(model, rule, 1.0, settings)
     for group in groups:
         group["params"] = [stacked[name] for name in group["param_names"]]
     optimizer = NuMuon(groups)
     schedule = LambdaLR(optimizer, settings.rate)
     folds = {name: 1.0 if rule is None else rule.fold(name) for name in stacked}
-    shares = torch.tensor(rates, dtype=next(iter(first.values())).dtype)
-    members = torch.arange(len(rates))
+    shares = torch.tensor(rates, dtype=model.dtype, device=batches.device)
+    members = torch.arange(len(rates), device=batches.device)
     model.train()
 
     def forward(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
         outputs = functional_call(model, parameters, kwargs={"input_ids": ids, "use_cache": False})
         return _next_token_loss(outputs.logits, ids)
 
-    losses = torch.full((len(batches), len(rates)), math.inf, dtype=torch.float64)
+    losses = torch.full((len(batches), len(rates)), math.inf, dtype=torch.float64, device=batches.device)
     for step, ids in enumerate(batches):
         found = vmap(forward, in_dims=(0, None), randomness="same")(stacked, ids)
         optimizer.zero_grad()
@@ -235,7 +237,7 @@ def _clip(grads: dict[str, Tensor], folds: dict[str, float], most: float) -> Non
 
 
 def _groups(model: PreTrainedModel, rule: MuP | None, rate: float, settings: TrialSettings) -> list[Group]:
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if settings.optimizer == "numuon":
         # No comparisons with the exact step: what is done about them is done for a group, so for all members.
         options = {"rank_schedule": settings.rank, "topk": settings.topk, "total_steps": settings.steps}

@@ -4,7 +4,7 @@
     python evals/scaling/transfer.py run --folder DIR        # into another folder, to go on from there
     python evals/scaling/transfer.py tables                  # results, tables and pictures of what is there
 
-Small Llamas on the standard library's sources, in a vocabulary of 320 tokens, 8 sequences of 32 tokens a step. Cells
+Small models of Starcoder2's form, whose MLP has two matrices, on the standard library's sources, in a vocabulary of 320 tokens, 8 sequences of 32 tokens a step. Cells
 are trained seed by seed, those first that tell most, and each is written when it is done.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel, Starcoder2Config
 
 from lowrank_kit.config import to_dict
 from lowrank_kit.data.blocks import token_blocks
@@ -39,12 +39,9 @@ SEEDS = (0, 1, 2)
 WIDTHS, DEPTHS = (32, 64, 128, 256), (4, 16, 64)
 # Std of embeddings without norms, where nothing else brings the residual stream to a size near 1.
 EMBEDDING_STD = 0.5
-# Optimizer -> log2 of its learning rates.
-RATES = {
-    "muon": tuple(range(-9, -1)),
-    "numuon": tuple(range(-9, -1)),
-    "adamw": tuple(range(-11, -3)),
-}
+# Optimizer -> least log2 of its learning rates; half as large without norms, where training
+# diverges earlier.
+LEAST_RATES, RATES = {"muon": -9, "numuon": -9, "adamw": -11}, 8
 # The most telling first: what is varied, with norms or without, and the optimizer.
 STUDIES = [
     ("depth", False, "muon"),
@@ -95,7 +92,8 @@ def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str) -> Sweep:
     """One study: its grid, and the losses that are there."""
     size = Size(config(axis).hidden_size, config(axis).num_hidden_layers)
     widths, depths = (WIDTHS, ()) if axis == "width" else ((), DEPTHS)
-    grid = Grid(size, widths, depths, tuple(map(float, RATES[optimizer])), SEEDS)
+    least = LEAST_RATES[optimizer] - (not norms)
+    grid = Grid(size, widths, depths, tuple(float(least + i) for i in range(RATES)), SEEDS)
     fixed = {"vocabulary": VOCABULARY, "block_tokens": TOKENS, "text_bytes": BYTES, "norms": norms}
     name = f"{optimizer}-{axis}-{'norms' if norms else 'no-norms'}.json"
     return Sweep(grid, folder / name, {**to_dict(trial(optimizer)), **fixed, "config": config(axis).to_diff_dict()})
@@ -106,15 +104,16 @@ def trial(optimizer: str) -> TrialSettings:
     return TrialSettings(optimizer=optimizer, steps=100, batch_size=8)
 
 
-def config(axis: str) -> LlamaConfig:
+def config(axis: str) -> Starcoder2Config:
     """The base of an axis: 64 wide with 2 blocks for widths, 32 wide with 4 blocks for depths."""
     width, depth = (64, 2) if axis == "width" else (32, 4)
-    return LlamaConfig(
+    return Starcoder2Config(
         hidden_size=width,
         num_hidden_layers=depth,
         intermediate_size=4 * width,
         num_attention_heads=width // 16,
-        head_dim=16,
+        num_key_value_heads=width // 16,
+        use_bias=False,
         vocab_size=VOCABULARY,
         max_position_embeddings=TOKENS,
         tie_word_embeddings=False,

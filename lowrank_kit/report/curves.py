@@ -18,6 +18,7 @@ from lowrank_kit.report.style import FAINT, INK, SEQUENTIAL, styled
 
 # Losses are drawn up to so many nats above the least of a row: what lies higher says only that training failed.
 _HEADROOM = 1.5
+_DASHES = (0, (4, 3))
 
 
 class UCurve(NamedTuple):
@@ -52,18 +53,17 @@ def u_curves_plot(rows: Sequence[Sequence[Panel]], title: str) -> Figure:
         width = max(1.8 + 3.1 * columns, TITLE_LETTER * len(title))
         figure = Figure(figsize=(width, 1.0 + 2.9 * len(rows)))
         figure.suptitle(title, x=0.01, ha="left", parse_math=False)
-        grid = figure.subplots(len(rows), columns, sharex=True, sharey="row", squeeze=False)
-        for panels, row in zip(grid, rows, strict=True):
+        for row, part in zip(rows, np.atleast_1d(figure.subfigures(len(rows), 1)), strict=True):
+            panels = part.subplots(1, columns, sharey=True, squeeze=False)[0]
             for empty in panels[len(row) :]:
                 empty.remove()
             for panel, (name, curves) in zip(panels, row, strict=False):
                 _draw(panel, curves)
                 panel.set_title(name, parse_math=False)
                 panel.set_xlabel(r"$\log_2$ of the learning rate")
-                panel.tick_params(labelbottom=True)
             _limit(panels[0], [curve for _, curves in row for curve in curves.values()])
             panels[0].set_ylabel("loss (nats)")
-            _names(panels[len(row) - 1], row)
+            part.legend(handles=_handles(row), loc="outside right upper")
     return figure
 
 
@@ -81,21 +81,21 @@ def _draw(panel: Axes, curves: Mapping[str, UCurve]) -> None:
         if curve.best is None:
             continue
         if curve.base:
-            panel.axvline(curve.best[0], color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            panel.axvline(curve.best[0], color=FAINT, linewidth=1, linestyle=_DASHES, zorder=1)
         panel.plot(*curve.best, marker="o", color=colour, markeredgecolor="white", markersize=7.5, zorder=4)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 def _limit(panel: Axes, curves: Sequence[UCurve]) -> None:
-    means = [loss for curve in curves for loss in curve.losses.mean(axis=0) if np.isfinite(loss)]
-    if means:
-        span = min(_HEADROOM, max(means) - min(means)) or 1.0
-        panel.set_ylim(min(means) - 0.06 * span, min(means) + 1.06 * span)
+    seeds = np.concatenate([curve.losses.ravel() for curve in curves])
+    known = seeds[np.isfinite(seeds)]
+    if known.size:
+        span = min(_HEADROOM, float(np.ptp(known))) or 1.0
+        panel.set_ylim(known.min() - 0.05 * span, known.min() + 1.05 * span)
 
 
-def _names(panel: Axes, row: Sequence[Panel]) -> None:
+def _handles(row: Sequence[Panel]) -> list[Line2D]:
     names = max((list(curves) for _, curves in row), key=len)
-    handles = [Line2D([], [], color=c, label=n) for c, n in zip(_colours(names), names, strict=True)]
-    handles.append(Line2D([], [], color=INK, marker="o", linestyle="none", label="best"))
-    handles.append(Line2D([], [], color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label="best of the base"))
-    panel.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    lines = [Line2D([], [], color=colour, label=name) for colour, name in zip(_colours(names), names, strict=True)]
+    best = Line2D([], [], color=INK, marker="o", linestyle="none", label="best")
+    return [*lines, best, Line2D([], [], color=FAINT, linewidth=1, linestyle=_DASHES, label="best of the base")]

@@ -22,7 +22,7 @@ def draw(sweep: Sweep, title: str = "Loss against the learning rate of the base"
     """
     panels = {
         (f"{axis}, {_TITLES[rule]}", axis): {
-            _label(axis, size): curve
+            _label(axis, size, sweep.grid.base): curve
             for size in sorted({sweep.grid.base, *sweep.grid.axis(axis)})
             if (curve := _curve(sweep, size, rule)) is not None
         }
@@ -33,8 +33,9 @@ def draw(sweep: Sweep, title: str = "Loss against the learning rate of the base"
     return u_curves_plot(rows, title)
 
 
-def _label(axis: str, size: Size) -> str:
-    return f"{axis} {size.width if axis == 'width' else size.depth}"
+def _label(axis: str, size: Size, base: Size) -> str:
+    number = size.width if axis == "width" else size.depth
+    return f"{axis} {number}{', base' if size == base else ''}"
 
 
 def _curve(sweep: Sweep, size: Size, rule: str) -> UCurve | None:

@@ -4,8 +4,9 @@
     python evals/scaling/transfer.py run --folder DIR        # into another folder, to go on from there
     python evals/scaling/transfer.py tables                  # results, tables and pictures of what is there
 
-Small models of Starcoder2's form, whose MLP has two matrices, on the standard library's sources, in a vocabulary of 320 tokens, 8 sequences of 32 tokens a step. Cells
-are trained seed by seed, those first that tell most, and each is written when it is done.
+Models of Starcoder2's form, whose MLP has two matrices, on the standard library's sources in a vocabulary of 320
+tokens, 8 sequences of 32 tokens a step. Cells are trained seed by seed, those first that tell most, and each is written
+when it is done.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ SEEDS = (0, 1, 2)
 WIDTHS, DEPTHS = (32, 64, 128, 256), (4, 16, 64)
 # Std of embeddings without norms, where nothing else brings the residual stream to a size near 1.
 EMBEDDING_STD = 0.5
-# Optimizer -> least log2 of its learning rates; half as large without norms, where training
-# diverges earlier.
+# Optimizer -> least log2 of its learning rates; half as large without norms, where training diverges earlier.
 LEAST_RATES, RATES = {"muon": -9, "numuon": -9, "adamw": -11}, 8
 # The most telling first: what is varied, with norms or without, and the optimizer.
 STUDIES = [

@@ -94,8 +94,9 @@ def command(
         check_new_folder(output)
     elif not (output / RESULTS).is_file():
         raise UsageError(f"nothing to resume in {output}: it has no {RESULTS}", hint="leave out --resume to start")
+    from lowrank_kit.scaling.family import Size
     from lowrank_kit.scaling.sizes import depth_of, width_of
-    from lowrank_kit.scaling.transfer import CONTROLS, MUP, Grid, Size
+    from lowrank_kit.scaling.transfer import CONTROLS, MUP, Grid
 
     config, blocks = _base(model_config, **training)
     grid = Grid(
@@ -146,8 +147,8 @@ def _run(
 
     from lowrank_kit.config import to_dict
     from lowrank_kit.device import resolve_device
-    from lowrank_kit.scaling.family import Family
-    from lowrank_kit.scaling.transfer import Sweep
+    from lowrank_kit.scaling.trainer import SizeTrainer
+    from lowrank_kit.scaling.transfer import Sweep, shown
     from lowrank_kit.scaling.trial import TrialSettings
 
     settings = TrialSettings(optimizer=optimizer, steps=steps, batch_size=batch_size)
@@ -155,14 +156,14 @@ def _run(
     fixed = {"block_tokens": blocks.shape[1], "blocks_sha256": digest, "config": config.to_diff_dict()}
     sweep = Sweep(grid, output / RESULTS, {**to_dict(settings), **fixed})
     cells = sweep.missing()
-    family = Family(config, blocks, settings, device=resolve_device(device))
+    train = SizeTrainer(config, blocks, settings, device=resolve_device(device))
     with tqdm(total=len(cells), desc="sweep", unit="cell", disable=None if verbosity >= 0 else True) as bar:
 
         def tell(cell: Any) -> None:
-            bar.set_postfix_str(f"{cell.size}, {cell.rule}, seed {cell.seed}")
+            bar.set_postfix_str(f"{shown(cell.size)}, {cell.rule}, seed {cell.seed}")
 
         for cell in cells:
-            sweep.run(family, [cell], told=tell)
+            sweep.run(train, [cell], told=tell)
             bar.update()
     return sweep
 

@@ -29,8 +29,9 @@ from lowrank_kit.data.tokenizer import train_tokenizer
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json, write_png
 from lowrank_kit.report.tables import markdown_table
-from lowrank_kit.scaling.family import Family
-from lowrank_kit.scaling.transfer import Cell, Grid, Size, Sweep
+from lowrank_kit.scaling.family import Size
+from lowrank_kit.scaling.trainer import SizeTrainer
+from lowrank_kit.scaling.transfer import Cell, Grid, Sweep, shown
 from lowrank_kit.scaling.trial import TrialSettings
 
 HERE = Path(__file__).parent
@@ -79,13 +80,13 @@ def run(folder: Path) -> None:
         axis, norms, optimizer = study
         sweep = sweep_of(folder, axis, norms, optimizer)
         prepare = None if norms else without_norms
-        train = Family(config(axis), blocks, trial(optimizer), prepare=prepare)
+        train = SizeTrainer(config(axis), blocks, trial(optimizer), prepare=prepare)
         cells = [cell for cell in sweep.grid.cells() if cell.seed == seed]
         sweep.run(train, cells, told=partial(_tell, sweep.path.stem))
 
 
 def _tell(name: str, cell: Cell) -> None:
-    print(f"{name}: {cell.size} {cell.rule}, seed {cell.seed}", flush=True)
+    print(f"{name}: {shown(cell.size)} {cell.rule}, seed {cell.seed}", flush=True)
 
 
 def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str) -> Sweep:

@@ -53,7 +53,7 @@ def u_curves_plot(rows: Sequence[Sequence[Panel]], title: str) -> Figure:
         width = max(1.8 + 3.1 * columns, TITLE_LETTER * len(title))
         figure = Figure(figsize=(width, 1.0 + 2.9 * len(rows)))
         figure.suptitle(title, x=0.01, ha="left", parse_math=False)
-        for row, part in zip(rows, np.atleast_1d(figure.subfigures(len(rows), 1)), strict=True):
+        for row, part in zip(rows, figure.subfigures(len(rows), 1, squeeze=False)[:, 0], strict=True):
             panels = part.subplots(1, columns, sharey=True, squeeze=False)[0]
             for empty in panels[len(row) :]:
                 empty.remove()

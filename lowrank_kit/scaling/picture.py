@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lowrank_kit.report.curves import UCurve, u_curves_plot
-from lowrank_kit.scaling.transfer import Size, Sweep
+from lowrank_kit.scaling.family import Size
+from lowrank_kit.scaling.transfer import Sweep
 
 _TITLES = {"mup": "muP", "k1": "muP, k = 1", "sp": "plain"}
 

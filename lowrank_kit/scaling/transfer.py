@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,12 @@ import numpy as np
 from lowrank_kit.config import settings_difference
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.report.files import write_json
+from lowrank_kit.scaling.family import Size
 from lowrank_kit.scaling.optimum import Optimum, Transfer, transfer
 
 # Name of a rule -> depth rule of `MuP`, or None for the plain model with the base's settings.
 RULES: dict[str, str | None] = {"mup": "k2", "k1": "k1", "sp": None}
 MUP, CONTROLS = "mup", ("k1", "sp")
-
-
-@dataclass(frozen=True, order=True)
-class Size:
-    """Width of the residual stream, and blocks."""
-
-    width: int
-    depth: int
-
-    def __str__(self) -> str:
-        return f"{self.width} x {self.depth}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,11 @@ class Cell:
     size: Size
     rule: str
     seed: int
+
+
+def shown(size: Size) -> str:
+    """64 x 4 for width 64 and depth 4."""
+    return f"{size.width} x {size.depth}"
 
 
 TrainFunction = Callable[[Size, str, Sequence[float], int], Sequence[float]]
@@ -78,7 +73,7 @@ class Grid:
         if not self.seeds:
             raise UsageError("a sweep needs a seed")
         if not self.axis("width") and not self.axis("depth"):
-            raise UsageError(f"no size but the base, {self.base}", hint="widths or depths that differ from it")
+            raise UsageError(f"no size but the base, {shown(self.base)}", hint="widths or depths that differ from it")
         shallow = [depth for depth in self.depths if depth < self.base.depth]
         if shallow:
             raise UsageError(
@@ -127,7 +122,7 @@ class Sweep:
     def __init__(self, grid: Grid, path: Path, settings: Mapping[str, Any]) -> None:
         self.grid, self.path = grid, path
         # Further sizes, seeds and rules are further cells; what is here changes those there are.
-        self.settings = {"base": str(grid.base), "log2_rates": list(grid.log2_rates), **settings}
+        self.settings = {"base": shown(grid.base), "log2_rates": list(grid.log2_rates), **settings}
         self.records: dict[Cell, dict[str, Any]] = {}
         if path.exists():
             self._read()
@@ -168,7 +163,7 @@ class Sweep:
             started = time.perf_counter()
             losses = train(cell.size, cell.rule, [2.0**rate for rate in self.grid.log2_rates], cell.seed)
             self.records[cell] = {
-                **asdict(cell.size),
+                **cell.size._asdict(),
                 "rule": cell.rule,
                 "seed": cell.seed,
                 "losses": [float(loss) for loss in losses],
@@ -245,7 +240,7 @@ class Sweep:
         """A row for each loss, for CSV."""
         return [
             {
-                **asdict(cell.size),
+                **cell.size._asdict(),
                 "rule": cell.rule,
                 "seed": cell.seed,
                 "log2_lr": rate,
@@ -261,7 +256,7 @@ def _figures(best: Optimum) -> dict[str, Any]:
 
 
 def _reason(row: Mapping[str, Any]) -> str:
-    name = f"{row['width']} x {row['depth']}"
+    name = shown(Size(row["width"], row["depth"]))
     if row["by"] == "diverged":
         return f"{name} diverged at every rate"
     if row["by"] == "edge":

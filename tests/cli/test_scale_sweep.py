@@ -80,7 +80,7 @@ def test_a_rate_that_is_not_found_fails(options: list[str], capsys: pytest.Captu
     ("given", "told"),
     [
         (["--widths", "16"], "no size but the base"),
-        (["--widths", "20"], "at width 20 num_attention_heads would be 2.5"),
+        (["--widths", "20"], "of width 20 has the shape"),
         (["--widths", "a,b"], "no list of whole numbers"),
         (["--widths", "32", "--lrs", "-4"], "no range of log2"),
         (["--widths", "32", "--lrs", "-4:-8"], "at least three learning rates"),

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.scaling.transfer import Cell, Grid, Size, Sweep
+from lowrank_kit.scaling.family import Size
+from lowrank_kit.scaling.transfer import Cell, Grid, Sweep, shown
 
 BASE = Size(64, 4)
 RATES = (-8.0, -7.0, -6.0, -5.0, -4.0)
@@ -40,7 +41,7 @@ class Training:
 
 
 def test_the_base_comes_first_and_is_shared_and_controls_come_last() -> None:
-    first = [(str(cell.size), cell.rule) for cell in grid().cells() if cell.seed == 0]
+    first = [(shown(cell.size), cell.rule) for cell in grid().cells() if cell.seed == 0]
     assert first == [
         ("64 x 4", "mup"),
         ("128 x 4", "mup"),

@@ -12,10 +12,9 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedMo
 
 from lowrank_kit.errors import UsageError
 from lowrank_kit.optim import NuMuon, parameter_groups
-from lowrank_kit.scaling.family import Family
+from lowrank_kit.scaling.family import Size, resized
 from lowrank_kit.scaling.mup import MuP
-from lowrank_kit.scaling.resize import resized
-from lowrank_kit.scaling.transfer import Size
+from lowrank_kit.scaling.trainer import SizeTrainer
 from lowrank_kit.scaling.trial import TrialSettings, draw_batches, ensemble_pays, train_rates
 
 RATES = [2**-8, 2**-6, 2**-4]
@@ -39,7 +38,7 @@ def blocks() -> Tensor:
 
 
 def built(base: PreTrainedConfig) -> tuple[MuP, PreTrainedModel]:
-    rule = MuP(base, resized(base, 32, 3))
+    rule = MuP(base, resized(base, Size(32, 3)))
     torch.manual_seed(0)
     model = rule.build(dtype=torch.float64)
     model.set_attn_implementation("eager")
@@ -118,7 +117,7 @@ def test_small_blocks_are_trained_as_an_ensemble_and_experts_are_not() -> None:
     experts = {"moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = Qwen3MoeConfig(**sizes, **experts, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0)
-    family = Family(config, blocks(), TrialSettings())
+    family = SizeTrainer(config, blocks(), TrialSettings())
     assert not ensemble_pays(family.build(config, None))
     wide = llama(hidden_size=256, intermediate_size=1024)
     assert not ensemble_pays(family.build(wide, None))
@@ -126,7 +125,7 @@ def test_small_blocks_are_trained_as_an_ensemble_and_experts_are_not() -> None:
 
 def test_a_family_trains_every_rule_and_the_base_the_same_way() -> None:
     settings = TrialSettings("muon", steps=3, batch_size=2)
-    family = Family(llama(), blocks(), settings)
+    family = SizeTrainer(llama(), blocks(), settings)
     base, target = Size(16, 1), Size(32, 2)
     of_base = {rule: family(base, rule, RATES, 0) for rule in ("mup", "k1", "sp")}
     assert of_base["mup"] == of_base["k1"] == of_base["sp"]
@@ -141,7 +140,7 @@ def test_a_model_may_be_prepared() -> None:
         model.get_output_embeddings().weight.data.zero_()
 
     settings = TrialSettings("adamw", steps=1, batch_size=2)
-    found = Family(llama(), blocks(), settings, prepare=zero)(Size(16, 1), "mup", [0.001], 0)
+    found = SizeTrainer(llama(), blocks(), settings, prepare=zero)(Size(16, 1), "mup", [0.001], 0)
     assert found == [pytest.approx(math.log(VOCABULARY))]
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 # The most that an optimum may be off in log2, and the most nats that a rate from the base may cost.
 MOST_SHIFT, MOST_REGRET = 0.75, 0.02
+# A neighbour so many nats above the best point is off a cliff, as one that diverged: no parabola goes through it.
+CLIFF = 0.5
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Optimum:
         log2_rate: log2 of it.
         loss: at it.
         how: "parabola" through the best point of the grid and its neighbours; "grid", the best point itself, where
-            training diverged at a neighbour; "edge", the best point at an end of the grid: the optimum is not found.
+            training diverged, or all but did, at a neighbour; "edge", the best point at an end of the grid: the optimum is not found.
         points: the three of the parabola, log2 rate and loss; only the best one where there is none.
     """
 
@@ -49,7 +51,7 @@ def find_optimum(log2_rates: Sequence[float], losses: Sequence[float]) -> Optimu
     if best in (0, len(known) - 1):
         return Optimum(*point, "edge", (point,))
     points = tuple((log2_rates[i], known[i]) for i in (best - 1, best, best + 1))
-    if not all(math.isfinite(loss) for _, loss in points):
+    if max(loss for _, loss in points) > known[best] + CLIFF:
         return Optimum(*point, "grid", (point,))
     a, b, c = _parabola(points)
     if a <= 0:  # all three alike

@@ -37,7 +37,8 @@ class TrialSettings:
     """How a model is trained.
 
     Args:
-        optimizer: numuon, muon, adamw or sgd, for the matrices; AdamW of the same rate steps what is no matrix.
+        optimizer: numuon, muon, adamw or sgd, for the matrices; AdamW steps what is no matrix.
+        adamw_share: of the learning rate, for what is no matrix.
         steps: of the optimizer.
         batch_size: sequences in a step.
         warmup: share of the steps; a cosine to 0 follows.
@@ -48,6 +49,7 @@ class TrialSettings:
     """
 
     optimizer: str = "numuon"
+    adamw_share: float = 1.0
     steps: int = 100
     batch_size: int = 8
     warmup: float = 0.1
@@ -64,6 +66,8 @@ class TrialSettings:
                 raise UsageError(f"{name} must be at least {least}, got {value}")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"the share of warmup must be in [0, 1), got {self.warmup:g}")
+        if self.adamw_share <= 0:
+            raise UsageError(f"the share of AdamW must be above 0, got {self.adamw_share:g}")
         if self.weight_decay < 0 or self.clip < 0:
             raise UsageError(f"no negative weight decay or clip: {self.weight_decay:g}, {self.clip:g}")
 
@@ -242,5 +246,6 @@ def _groups(model: PreTrainedModel, rule: MuP | None, rate: float, settings: Tri
         # No comparisons with the exact step: what is done about them is done for a group, so for all members.
         options = {"rank_schedule": settings.rank, "topk": settings.topk, "total_steps": settings.steps}
         options["health_every"] = 0
-    groups = parameter_groups(model, rule=settings.optimizer, lr=rate, weight_decay=settings.weight_decay, **options)
+    options |= {"adamw_lr": rate * settings.adamw_share, "weight_decay": settings.weight_decay}
+    groups = parameter_groups(model, rule=settings.optimizer, lr=rate, **options)
     return groups if rule is None else rule.scaled(groups)

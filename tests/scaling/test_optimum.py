@@ -40,13 +40,14 @@ def test_the_best_at_an_end_of_the_grid_is_not_found(centre: float) -> None:
     assert not transfer(RATES, curve(centre), curve(centre)).passed
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e5])
 def test_beside_a_rate_that_diverged_the_best_point_stands(bad: float) -> None:
     losses = [*curve(-5.2)[:4], bad]
     found = find_optimum(RATES, losses)
     assert found is not None
     assert (found.how, found.found, found.log2_rate) == ("grid", True, -5.0)
-    assert find_optimum(RATES, [bad] * 5) is None
+    if bad != 1e5:
+        assert find_optimum(RATES, [bad] * 5) is None
 
 
 def test_shift_and_regret_of_known_curves() -> None:

@@ -49,7 +49,9 @@ def built(base: PreTrainedConfig) -> tuple[MuP, PreTrainedModel]:
 @pytest.mark.parametrize("optimizer", ["numuon", "muon", "adamw", "sgd"])
 def test_an_ensemble_is_its_members(base: PreTrainedConfig, optimizer: str) -> None:
     rule, model = built(base)
-    settings = TrialSettings(optimizer, steps=4, batch_size=2, weight_decay=0.1, clip=0.3, topk="exact")
+    settings = TrialSettings(
+        optimizer, adamw_share=0.5, steps=4, batch_size=2, weight_decay=0.1, clip=0.3, topk="exact"
+    )
     batches = draw_batches(blocks(), settings, seed=0)
     for scaling in (rule, None):
         one_by_one = train_rates(model, scaling, batches, RATES, settings, ensemble=False)
@@ -61,7 +63,7 @@ def test_an_ensemble_is_its_members(base: PreTrainedConfig, optimizer: str) -> N
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_member_that_diverges_does_not_touch_the_others(optimizer: str) -> None:
     rule, model = built(llama())
-    settings = TrialSettings(optimizer, steps=6, batch_size=2, clip=0)
+    settings = TrialSettings(optimizer, adamw_share=0.5, steps=6, batch_size=2, clip=0)
     batches = draw_batches(blocks(), settings, seed=0)
     rates = [RATES[0], 1e200, RATES[1]]
     found = train_rates(model, rule, batches, rates, settings, ensemble=True)
@@ -74,10 +76,10 @@ def test_a_member_that_diverges_does_not_touch_the_others(optimizer: str) -> Non
 def test_a_training_is_what_the_rule_and_the_optimizer_make_of_it() -> None:
     """SGD, to which the size of a gradient matters: the loss of the second step shows what the first was clipped to."""
     rule, model = built(llama())
-    settings = TrialSettings("sgd", steps=2, batch_size=2, clip=0.01, warmup=0)
+    settings = TrialSettings("sgd", adamw_share=0.5, steps=2, batch_size=2, clip=0.01, warmup=0)
     batches = draw_batches(blocks(), settings, seed=0)
     found = train_rates(model, rule, batches, [0.5], settings, ensemble=False)
-    optimizer = NuMuon(rule.scaled(parameter_groups(model, rule="sgd", lr=0.5)))
+    optimizer = NuMuon(rule.scaled(parameter_groups(model, rule="sgd", lr=0.5, adamw_lr=0.25)))
     model(input_ids=batches[0], labels=batches[0]).loss.backward()
     rule.clip_grad_norm_(model, 0.01)
     optimizer.step()
@@ -149,6 +151,7 @@ def test_a_model_may_be_prepared() -> None:
     [
         ({"optimizer": "adam"}, 'no optimizer "adam"'),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"adamw_share": 0.0}, "share of AdamW"),
         ({"warmup": 1.0}, "warmup"),
         ({"clip": -1.0}, "no negative"),
     ],

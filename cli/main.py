@@ -26,7 +26,6 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("train", "Pretrain or fine-tune a model so that its matrices end up near low rank."),
-    "scale": Verb("scale", "Tune a small model once, train a wide and deep one with the same settings."),
     "analyze": Verb("analyze", "Measure the singular values of every matrix of a model."),
     "compress": Verb("compress", "Factorize a model's matrices to a target size."),
     "eval": Verb("eval", "Score models, dense or compressed, side by side."),

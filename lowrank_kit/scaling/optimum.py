@@ -22,7 +22,8 @@ class Optimum:
         log2_rate: log2 of it.
         loss: at it.
         how: "parabola" through the best point of the grid and its neighbours; "grid", the best point itself, where
-            training diverged, or all but did, at a neighbour; "edge", the best point at an end of the grid: the optimum is not found.
+            training diverged, or all but did, at a neighbour; "edge", the best point at an end of the grid: the optimum
+            is not found.
         points: the three of the parabola, log2 rate and loss; only the best one where there is none.
     """
 

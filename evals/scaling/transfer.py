@@ -89,12 +89,12 @@ def _tell(name: str, cell: Cell) -> None:
     print(f"{name}: {shown(cell.size)} {cell.rule}, seed {cell.seed}", flush=True)
 
 
-def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str) -> Sweep:
+def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str, seeds: tuple[int, ...] = SEEDS) -> Sweep:
     """One study: its grid, and the losses that are there."""
     size = Size(config(axis).hidden_size, config(axis).num_hidden_layers)
     widths, depths = (WIDTHS, ()) if axis == "width" else ((), DEPTHS)
     least = LEAST_RATES[optimizer] - (not norms)
-    grid = Grid(size, widths, depths, tuple(float(least + i) for i in range(RATES)), SEEDS)
+    grid = Grid(size, widths, depths, tuple(float(least + i) for i in range(RATES)), seeds)
     fixed = {"vocabulary": VOCABULARY, "block_tokens": TOKENS, "text_bytes": BYTES, "norms": norms}
     name = f"{optimizer}-{axis}-{'norms' if norms else 'no-norms'}.json"
     return Sweep(grid, folder / name, {**to_dict(trial(optimizer)), **fixed, "config": config(axis).to_diff_dict()})
@@ -151,12 +151,16 @@ def tables(folder: Path) -> None:
         sweep = sweep_of(folder, axis, norms, optimizer)
         if not sweep.records:
             continue
-        seeds = tuple(seed for seed in SEEDS if not [c for c in sweep.missing() if c.seed == seed])
+        missing = {cell.seed for cell in sweep.missing()}
+        seeds = tuple(seed for seed in SEEDS if seed not in missing)
         name = f"{optimizer}, {axis}, {'norms' if norms else 'no norms'}"
-        document["studies"].append({"name": name, "seeds": seeds, **json.loads(sweep.path.read_text())})
-        if seeds:
-            print(f"\n{name}, {len(seeds)} seeds\n\n{markdown_table(sweep.verdict()['rows'])}")
+        study: dict[str, Any] = {"name": name, "seeds": seeds, **json.loads(sweep.path.read_text())}
+        if seeds:  # those that all sizes and rules are there of
+            sweep = sweep_of(folder, axis, norms, optimizer, seeds)
+            study |= sweep.verdict()
+            print(f"\n{name}, {len(seeds)} seeds\n\n{markdown_table(study['rows'])}")
             write_png(folder / f"{sweep.path.stem}.png", draw(sweep, name))
+        document["studies"].append(study)
     write_json(RESULTS, document)
 
 

@@ -9,6 +9,7 @@ import click
 
 from .options import device_option, json_option, output_option, seed_option, verbosity_options
 from .output import check_new_folder, emit
+from .scale_sweep import command as sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,6 +47,9 @@ def command() -> None:
     Spectral muP: initialization, learning rates, weight decay and eps of every matrix go with width and depth such that
     the best settings of the small model are those of the large one.
     """
+
+
+command.add_command(sweep)
 
 
 @command.command("table")

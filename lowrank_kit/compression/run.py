@@ -113,7 +113,8 @@ def _finish(
     """Write the result with its report and give it its name; `told` is in the report, too."""
     work, made = job.work, kept.as_made(plan)
     _write(made, kept, work.result)
-    report = make_report(made, model, job.texts, kept, job.seconds, device=device, dtype=dtype) | told
+    report = make_report(made, model, job.texts, kept, job.seconds, device=device, dtype=dtype)
+    report |= told
     write_documents(work.result, made, report)
     if report["check"] is not None:
         report["check"] |= _losses(report["check"], job, work.result, resolve_dtype(dtype))

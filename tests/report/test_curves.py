@@ -18,7 +18,7 @@ def test_lines_bands_and_marks(tmp_path: Path) -> None:
     rows = [[("mup", {"width 32": small, "width 64": large}), ("plain", {"width 32": small})]]
     figure = u_curves_plot(rows, "cost: $5")
     first, second = figure.subfigs[0].axes
-    lines = {tuple(line.get_ydata()): line for line in first.lines}
+    lines = {tuple(np.asarray(line.get_ydata()).tolist()): line for line in first.lines}
     assert (3.1, 2.1, 2.6) in lines, "the mean over seeds"
     assert (2.1,) in lines, "the best"
     np.testing.assert_array_equal(first.lines[-1].get_ydata(), [2.9, 2.0, np.nan])

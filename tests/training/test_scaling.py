@@ -61,11 +61,12 @@ def test_it_starts_from_scaled_weights_and_takes_scaled_steps(
 ) -> None:
     changes: dict[str, Any] = {"optimizer": "adamw", "steps": 1, "lr_schedule": "constant", "warmup": 0, "clip": 0}
     still = {"lr": 1e-12, "adamw_lr": 1e-12}
-    for name, more in {
+    runs: dict[str, dict[str, Any]] = {
         "plain": still,
         "scaled": {**still, "mup_base": str(base_file)},
         "stepped": {"mup_base": str(base_file), "lr": 1e-3, "adamw_lr": 1e-3},
-    }.items():
+    }
+    for name, more in runs.items():
         train(settings_for(**changes | more), tmp_path / name, device="cpu")
     plain, scaled, stepped = (weights(tmp_path / name) for name in ("plain", "scaled", "stepped"))
     for name, ratio, rate in (

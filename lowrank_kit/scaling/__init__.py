@@ -11,3 +11,5 @@ from lowrank_kit.scaling.rules import STEPS as STEPS
 from lowrank_kit.scaling.rules import Fans as Fans
 from lowrank_kit.scaling.rules import Ratios as Ratios
 from lowrank_kit.scaling.rules import ratios as ratios
+from lowrank_kit.scaling.sidecar import load_rule as load_rule
+from lowrank_kit.scaling.sidecar import save_rule as save_rule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -69,9 +70,8 @@ def _read_by(model: PreTrainedModel, block: str, embeddings: nn.Parameter, value
     embeddings.copy_(values)
     handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
-    except _Reached:
-        pass
+        with suppress(_Reached):
+            model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
     finally:
         handle.remove()
     return read[0]

@@ -133,6 +133,14 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def whole_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Callback of an option that takes 32,64,128."""
+    try:
+        return None if value is None else tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers, such as 32,64,128.") from None
+
+
 def given_parameters(context: click.Context) -> dict[str, Any]:
     """The parameters the user wrote (or set by an environment variable), without those left at their defaults.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import device_option, json_option, output_option, seed_option, verbosity_options
+from .options import device_option, json_option, output_option, seed_option, verbosity_options, whole_numbers
 from .output import check_new_folder, emit
 from .scale_sweep import command as sweep
 
@@ -26,13 +26,6 @@ HINT = "print what is trained with what: lowrank scale table"
 COLUMNS = {key: key for key in ("role", "optimizer", "count")} | {"fan-in": "fan-in x", "fold": "fold", "std": "std x"}
 VALUES = ("lr", "weight decay", "eps")
 NO_MATRICES = ("embedding", "head", "router", "bias", "gain")
-
-
-def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if value is None else tuple(int(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers, such as 32,64,128.") from None
 
 
 depth_option = click.option(
@@ -137,8 +130,12 @@ def _absolute(rule: MuP, given: dict[str, float | None]) -> list[dict[str, Any]]
     show_default=True,
     help="The shape that is made in all sizes.",
 )
-@click.option("--widths", metavar="A,B,...", default=None, callback=_sizes, help="The least is the base's; see below.")
-@click.option("--depths", metavar="A,B,...", default="4,8,16", show_default=True, callback=_sizes, help="Likewise.")
+@click.option(
+    "--widths", metavar="A,B,...", default=None, callback=whole_numbers, help="The least is the base's; see below."
+)
+@click.option(
+    "--depths", metavar="A,B,...", default="4,8,16", show_default=True, callback=whole_numbers, help="Likewise."
+)
 @click.option("--optimizer", metavar="NAME", default="muon", show_default=True, help="muon, numuon, adamw or sgd.")
 @depth_option
 @click.option("--lr", type=float, default=None, help="Constant learning rate; left out, see below.")

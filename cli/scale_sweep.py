@@ -10,7 +10,7 @@ import click
 
 from lowrank_kit.errors import CheckFailedError, UsageError
 
-from .options import device_option, json_option, output_option, verbosity_options
+from .options import device_option, json_option, output_option, verbosity_options, whole_numbers
 from .output import check_new_folder, emit
 
 if TYPE_CHECKING:
@@ -30,13 +30,6 @@ NOTE = (
 )
 
 
-def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    try:
-        return () if value is None else tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f'"{value}" is no list of whole numbers, such as 64,128,256') from None
-
-
 def _rates(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
     try:
         low, high, step = ([float(part) for part in value.split(":")] + [1.0])[:3]
@@ -49,8 +42,8 @@ def _rates(context: click.Context, parameter: click.Parameter, value: str) -> tu
 
 @click.command("sweep")
 @click.option("--model-config", metavar="PRESET|FILE", required=True, help="The base: a preset of train, or a config.")
-@click.option("--widths", metavar="A,B", default=None, callback=_sizes, help="Widths, at the base's depth.")
-@click.option("--depths", metavar="A,B", default=None, callback=_sizes, help="Blocks, at the base's width.")
+@click.option("--widths", metavar="A,B", default=None, callback=whole_numbers, help="Widths, at the base's depth.")
+@click.option("--depths", metavar="A,B", default=None, callback=whole_numbers, help="Blocks, at the base's width.")
 @click.option(
     "--lrs", metavar="LOW:HIGH[:STEP]", default="-10:-4", show_default=True, callback=_rates, help="log2 of the rates."
 )
@@ -71,8 +64,8 @@ def _rates(context: click.Context, parameter: click.Parameter, value: str) -> tu
 def command(
     context: click.Context,
     model_config: str,
-    widths: tuple[int, ...],
-    depths: tuple[int, ...],
+    widths: tuple[int, ...] | None,
+    depths: tuple[int, ...] | None,
     lrs: tuple[float, ...],
     seeds: int,
     controls: bool,
@@ -99,9 +92,8 @@ def command(
     from lowrank_kit.scaling.transfer import CONTROLS, MUP, Grid
 
     config, blocks = _base(model_config, **training)
-    grid = Grid(
-        Size(width_of(config), depth_of(config)), widths, depths, lrs, tuple(range(seeds)), (MUP, *CONTROLS * controls)
-    )
+    base = Size(width_of(config), depth_of(config))
+    grid = Grid(base, widths or (), depths or (), lrs, tuple(range(seeds)), (MUP, *CONTROLS * controls))
     try:
         sweep = _run(grid, output, config, blocks, verbosity, **training)
     except KeyboardInterrupt as stop:

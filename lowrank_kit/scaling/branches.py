@@ -9,7 +9,7 @@ gain that halves what the head reads. Exact in float64, and no list of architect
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import block_of, block_path
 from lowrank_kit.scaling.parts import Part, find_parts, key_of
-from lowrank_kit.scaling.sizes import cut_layers, depth_of
+from lowrank_kit.scaling.sizes import cut_layers, cut_vocabulary, depth_of
 
 # Of the twin: what it has at most.
 BLOCKS, VOCABULARY = 4, 64
@@ -77,13 +77,8 @@ def find_folds(config: PreTrainedConfig) -> dict[str, Fold]:
 def make_twin(config: PreTrainedConfig, blocks: int = BLOCKS) -> PreTrainedModel:
     """A model of the same blocks with random weights in float64, with few of them and few tokens."""
     small = copy.deepcopy(config)
-    text = small.get_text_config()
     cut_layers(small, min(depth_of(small), blocks))
-    if text.vocab_size > VOCABULARY:
-        text.vocab_size = VOCABULARY
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(text, name, None) is not None:
-                setattr(text, name, 0)
+    cut_vocabulary(small, VOCABULARY)
     small._attn_implementation = small._experts_implementation = "eager"  # not all others know float64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -200,11 +195,9 @@ def _end_of(
         with probe.changed({name: probe.parameters[name].detach() / 2 for name in names}):
             if _halved(probe.branch(block), whole):
                 return {key_of(name): Fold("branch") for name in names}
-        for gain in (part.name for part in parts.values() if part.role == "gain" and block_path_of(part) == block):
-            for offset in (False, True):
-                with probe.changed(_halved_gain(probe, parts, gain, offset)):
-                    if _halved(probe.branch(block), whole):
-                        return _gain_folds(parts, gain, "branch", offset)
+        gains = [part.name for part in parts.values() if part.role == "gain" and block_path_of(part) == block]
+        if found := _scaling_gain(probe, parts, gains, lambda: probe.branch(block), "branch"):
+            return found
     raise UsageError(
         f"{names[0]} of {type(probe.model).__name__}: neither it nor a gain in {block} scales what its branch adds",
         hint=_HINT,
@@ -221,19 +214,27 @@ def _output(probe: _Probe, parts: Mapping[str, Part]) -> dict[str, Fold]:
     head = next((part.name for part in parts.values() if part.kind == "output"), None)
     if head is not None:
         return {key_of(head): Fold("output")}
-    _, whole = probe.run()
-    for part in parts.values():
-        if part.role != "gain" or part.inside:
-            continue
-        for offset in (False, True):
-            with probe.changed(_halved_gain(probe, parts, part.name, offset)):
-                if _halved(probe.run()[1], whole):
-                    return _gain_folds(parts, part.name, "output", offset)
+    gains = [part.name for part in parts.values() if part.role == "gain" and not part.inside]
+    if found := _scaling_gain(probe, parts, gains, lambda: probe.run()[1], "output"):
+        return found
     raise UsageError(
         f"the head of {type(probe.model).__name__} is tied to the embeddings, and no norm with a gain comes before it: "
         "there is nothing to fold 1 / width ratio into",
         hint='"tie_word_embeddings": false in the config',
     )
+
+
+def _scaling_gain(
+    probe: _Probe, parts: Mapping[str, Part], gains: list[str], look: Callable[[], Tensor], to: str
+) -> dict[str, Fold]:
+    """The gain, with the bias beside it, that halves what is looked at when it is halved; empty if none does."""
+    whole = look()
+    for gain in gains:
+        for offset in (False, True):
+            with probe.changed(_halved_gain(probe, parts, gain, offset)):
+                if _halved(look(), whole):
+                    return _gain_folds(parts, gain, to, offset)
+    return {}
 
 
 def _halved_gain(probe: _Probe, parts: Mapping[str, Part], gain: str, offset: bool) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_kit.matrices import block_path
 from lowrank_kit.scaling.parts import find_parts
-from lowrank_kit.scaling.sizes import cut_layers
+from lowrank_kit.scaling.sizes import cut_layers, cut_vocabulary
 
 _VOCABULARY = 8
 
@@ -25,10 +25,7 @@ def embedding_scale(config: PreTrainedConfig) -> float:
     """
     small = copy.deepcopy(config)
     cut_layers(small, 1)
-    small.get_text_config().vocab_size = _VOCABULARY
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(small.get_text_config(), name, None) is not None:
-            setattr(small.get_text_config(), name, 0)
+    cut_vocabulary(small, _VOCABULARY)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float64).eval()
     block = next(block_path(part.name) for part in find_parts(model).values() if part.inside)

@@ -23,7 +23,7 @@ from lowrank_kit.optim import NuMuon, parameter_groups
 from lowrank_kit.optim.rules import MATRIX_RULES
 from lowrank_kit.scaling.family import Size, resized
 from lowrank_kit.scaling.mup import MuP
-from lowrank_kit.scaling.rules import DEPTH_RULES
+from lowrank_kit.scaling.rules import DEPTH_RULES, MUON_SCALES
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,7 @@ CONDITIONS = {
 # Name of an optimizer -> options of its matrices. NuMuon's k is exactly half of any side that is a multiple of 32.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"rule": "muon"},
-    "muon_kimi": {"rule": "muon", "scale": "match_rms"},
-    "muon_spectral": {"rule": "muon", "scale": "spectral"},
-    "muon_polar": {"rule": "muon", "scale": "none"},
+    **{name: {"rule": "muon", "scale": scale} for scale, name in MUON_SCALES.items()},
     "numuon": {"rule": "numuon", "rank_schedule": "fixed:0.5"},
     "adamw": {"rule": "adamw"},
     "sgd": {"rule": "sgd"},

@@ -60,6 +60,16 @@ def cut_layers(config: PreTrainedConfig, depth: int) -> None:
     text.num_hidden_layers = depth
 
 
+def cut_vocabulary(config: PreTrainedConfig, most: int) -> None:
+    """Leave so many tokens of a config at most, in place; special ones become the first."""
+    text = config.get_text_config()
+    if text.vocab_size > most:
+        text.vocab_size = most
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(text, name, None) is not None:
+                setattr(text, name, 0)
+
+
 def depth_of(config: PreTrainedConfig) -> int:
     """Blocks."""
     return int(config.get_text_config().num_hidden_layers)

@@ -81,7 +81,7 @@ def test_a_rate_that_is_not_found_fails(options: list[str], capsys: pytest.Captu
     [
         (["--widths", "16"], "no size but the base"),
         (["--widths", "20"], "of width 20 has the shape"),
-        (["--widths", "a,b"], "no list of whole numbers"),
+        (["--widths", "a,b"], "not a list of whole numbers"),
         (["--widths", "32", "--lrs", "-4"], "no range of log2"),
         (["--widths", "32", "--lrs", "-4:-8"], "at least three learning rates"),
         (["--widths", "32", "--optimizer", "adam"], 'no optimizer "adam"'),

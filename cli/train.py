@@ -37,7 +37,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
     "--override", "overrides", metavar="PATTERN=RULE", multiple=True, help="By name, once or more often: see below."
 )
 @click.option("--mup-base", metavar="DIR|FILE|PRESET", default=None, help="Smaller model the settings were tuned on.")
-@click.option("--mup-depth", metavar="RULE", default="k2", show_default=True, help="k2, k1 or none: see below.")
+@click.option("--mup-depth-rule", metavar="RULE", default="k2", show_default=True, help="k2, k1 or none: see below.")
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")

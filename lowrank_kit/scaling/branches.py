@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lowrank_kit.errors import UsageError
 from lowrank_kit.matrices import block_of, block_path
 from lowrank_kit.scaling.parts import Part, find_parts, key_of
-from lowrank_kit.scaling.sizes import cut_layers, cut_vocabulary, depth_of
+from lowrank_kit.scaling.sizes import cut_vocabulary, depth_of, set_depth
 
 # Of the twin: what it has at most.
 BLOCKS, VOCABULARY = 4, 64
@@ -77,7 +77,7 @@ def find_folds(config: PreTrainedConfig) -> dict[str, Fold]:
 def make_twin(config: PreTrainedConfig, blocks: int = BLOCKS) -> PreTrainedModel:
     """A model of the same blocks with random weights in float64, with few of them and few tokens."""
     small = copy.deepcopy(config)
-    cut_layers(small, min(depth_of(small), blocks))
+    set_depth(small, min(depth_of(small), blocks))
     cut_vocabulary(small, VOCABULARY)
     small._attn_implementation = small._experts_implementation = "eager"  # not all others know float64
     with torch.random.fork_rng(devices=[]):

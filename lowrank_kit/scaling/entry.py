@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_kit.matrices import block_path
 from lowrank_kit.scaling.parts import find_parts
-from lowrank_kit.scaling.sizes import cut_layers, cut_vocabulary
+from lowrank_kit.scaling.sizes import cut_vocabulary, set_depth
 
 _VOCABULARY = 8
 
@@ -24,7 +24,7 @@ def embedding_scale(config: PreTrainedConfig) -> float:
         config: of a causal LM of any width: blocks are not built.
     """
     small = copy.deepcopy(config)
-    cut_layers(small, 1)
+    set_depth(small, 1)
     cut_vocabulary(small, _VOCABULARY)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float64).eval()

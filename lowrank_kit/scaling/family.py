@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
 from lowrank_kit.errors import UsageError
-from lowrank_kit.scaling.sizes import depth_of, width_of
+from lowrank_kit.scaling.sizes import set_depth, width_of
 
 # Numbers of a text config that go with the width; head dimension and key heads' share stay.
 _WIDE = (
@@ -57,7 +57,7 @@ def resized(config: PreTrainedConfig, size: Size) -> PreTrainedConfig:
     """
     made = copy.deepcopy(config)
     text = made.get_text_config()
-    width, depth = width_of(config), depth_of(config)
+    width = width_of(config)
     wide, least = _wide(config), _step(config)
     if size.width % least:
         raise UsageError(
@@ -67,10 +67,7 @@ def resized(config: PreTrainedConfig, size: Size) -> PreTrainedConfig:
         )
     for name, value in wide.items():
         setattr(text, name, value * size.width // width)
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth and name.endswith(("layer_types", "_layers")):
-            setattr(text, name, _repeated(value, size.depth))
-    text.num_hidden_layers = size.depth
+    set_depth(made, size.depth)
     return made
 
 
@@ -91,8 +88,3 @@ def _step(config: PreTrainedConfig) -> int:
     """What a width has to be a multiple of for all that goes with it to be whole."""
     width = width_of(config)
     return math.lcm(*(width // math.gcd(width, value) for value in _wide(config).values()))
-
-
-def _repeated(kinds: list[Any], depth: int) -> list[Any]:
-    """What a config says of each block, for another number of blocks: its pattern over again."""
-    return [kinds[i % len(kinds)] for i in range(depth)]

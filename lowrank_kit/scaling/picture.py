@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from lowrank_kit.report.curves import UCurve, u_curves_plot
 from lowrank_kit.scaling.family import Size
 from lowrank_kit.scaling.transfer import Sweep
+from lowrank_kit.scaling.write import LABELS
 
-_TITLES = {"mup": "muP", "k1": "muP, k = 1", "sp": "plain"}
+_TITLES = {"mup": LABELS["k2"], "k1": LABELS["k1"], "sp": "plain"}
 
 
 def draw(sweep: Sweep, title: str = "Loss against the learning rate of the base") -> Figure:

@@ -37,7 +37,7 @@ def resolve_configs(base: Config | Mapping[str, Any], target: Config) -> tuple[P
                 hint=did_you_mean(name, text.to_dict()),
             )
         if text.attribute_map.get(name, name) == text.attribute_map.get("num_hidden_layers", "num_hidden_layers"):
-            cut_layers(small, int(value))
+            set_depth(small, int(value))
         else:
             _set(text, name, value)
     return small, large
@@ -51,12 +51,13 @@ def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
         raise UsageError(f"{name} {value!r} in the config of the base: {reason}") from error
 
 
-def cut_layers(config: PreTrainedConfig, depth: int) -> None:
-    """Leave the first blocks of a config, in place; what it says of each block is cut, too."""
+def set_depth(config: PreTrainedConfig, depth: int) -> None:
+    """Give a config so many blocks, in place; what it says of each block is cut, or its pattern repeated."""
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers > depth:
-            setattr(text, name, value[:depth])
+        of_blocks = name != "architectures" and not name.endswith("token_id")
+        if of_blocks and isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, [value[i % len(value)] for i in range(depth)])
     text.num_hidden_layers = depth
 
 

@@ -50,7 +50,7 @@ def scaling_rule(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase | N
     vocabulary = len(tokenizer) if tokenizer else settings.vocab_size
     target = _config(settings, tokenizer, vocab_size=vocabulary)
     base = model_config(settings.mup_base, vocab_size=vocabulary, context=settings.block_tokens)
-    return MuP(base, target, optimizer=settings.optimizer, depth=settings.mup_depth)
+    return MuP(base, target, optimizer=settings.optimizer, depth=settings.mup_depth_rule)
 
 
 def check_packing(model: PreTrainedModel) -> None:

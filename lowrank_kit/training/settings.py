@@ -86,7 +86,7 @@ class TrainSettings:
         topk: how numuon finds its step: warm, krylov, exact or filter.
         mup_base: preset, folder or config.json of a smaller model that these settings were tuned on: spectral muP
             carries them over to `model_config`, see `MuP`.
-        mup_depth: its rule for the depth, k2, k1 or none.
+        mup_depth_rule: its rule for the depth, k2, k1 or none.
         overrides: PATTERN=RULE or PATTERN=KEY=VALUE, for parameters by name: see `parse_overrides`.
         steps: optimizer steps. Exactly one of `steps` and `tokens`.
         tokens: training tokens, rounded up to whole steps.
@@ -138,7 +138,7 @@ class TrainSettings:
     rank: str | None = None
     topk: str = "warm"
     mup_base: str | None = None
-    mup_depth: str = "k2"
+    mup_depth_rule: str = "k2"
     overrides: tuple[str, ...] = ()
     steps: int | None = None
     tokens: int | None = None
@@ -185,8 +185,10 @@ class TrainSettings:
             raise UsageError(
                 "--mup-base is for training from scratch: it scales the random weights, too", hint="--model-config 15m"
             )
-        if self.mup_depth not in DEPTH_RULES:
-            raise UsageError(f'unknown depth rule "{self.mup_depth}"', hint=did_you_mean(self.mup_depth, DEPTH_RULES))
+        if self.mup_depth_rule not in DEPTH_RULES:
+            raise UsageError(
+                f'unknown depth rule "{self.mup_depth_rule}"', hint=did_you_mean(self.mup_depth_rule, DEPTH_RULES)
+            )
         if (self.steps is None) == (self.tokens is None):
             raise UsageError("give exactly one of --steps and --tokens", hint="--steps 1000")
         if self.optimizer not in OPTIMIZERS:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowrank_kit.errors import UsageError
-from lowrank_kit.scaling.sizes import check_sizes, cut_layers, depth_of, resolve_configs, width_of
+from lowrank_kit.scaling.sizes import check_sizes, depth_of, resolve_configs, set_depth, width_of
 from tests.scaling.cases import config
 
 
@@ -102,7 +102,9 @@ def test_a_base_wider_than_the_target_is_scaled_down() -> None:
     check_sizes(config("llama", 64, 2), config("llama", 32, 4))
 
 
-def test_cutting_leaves_other_lists() -> None:
-    model = config("qwen3", 32, 4, eos_token_id=[0, 1])
-    cut_layers(model, 3)
-    assert (len(model.layer_types), model.eos_token_id, depth_of(model)) == (3, [0, 1], 3)
+def test_a_depth_leaves_other_lists() -> None:
+    model = config("qwen3", 32, 2, eos_token_id=[0, 1])
+    for depth in (1, 3):
+        set_depth(model, depth)
+        assert (len(model.layer_types), model.eos_token_id, depth_of(model)) == (depth, [0, 1], depth)
+        set_depth(model, 2)

@@ -113,9 +113,9 @@ def test_resuming(settings_for: Make, base_file: Path, tmp_path: Path) -> None:
     base_file.write_text(json.dumps({**json.loads(base_file.read_text()), "intermediate_size": 40}))
     train(settings, stopped, resume=True, device="cpu")
     assert equal(weights(stopped), weights(tmp_path / "whole"))
-    other = settings_for(mup_base=str(base_file), mup_depth="k1", save_every=3)
+    other = settings_for(mup_base=str(base_file), mup_depth_rule="k1", save_every=3)
     (stopped / "run.json").write_text(json.dumps({**record, "finished": False}))
-    with pytest.raises(UsageError, match='other settings: mup_depth: "k2" -> "k1"'):
+    with pytest.raises(UsageError, match='other settings: mup_depth_rule: "k2" -> "k1"'):
         train(other, stopped, resume=True, device="cpu")
     (stopped / SIDECAR).unlink()
     with pytest.raises(UsageError, match=r"no mup\.json: it was not trained with --mup-base"):
@@ -126,7 +126,7 @@ def test_resuming(settings_for: Make, base_file: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"model": "somewhere", "mup_base": "1m"}, "--mup-base is for training from scratch"),
-        ({"mup_base": "1m", "mup_depth": "k3"}, 'unknown depth rule "k3"'),
+        ({"mup_base": "1m", "mup_depth_rule": "k3"}, 'unknown depth rule "k3"'),
     ],
 )
 def test_settings_that_are_refused(changes: dict[str, Any], message: str, settings_for: Make) -> None:

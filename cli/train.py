@@ -104,11 +104,11 @@ def command(
     Presets are 1m, 2m, 5m, 15m, 60m, 125m, 350m and 1b, shaped as Llama, and qwen3-1m to qwen3-1b. --dry-run tells
     memory by part, disk and time, and needs no -o. A run that needs more memory than there is ends with exit code 3.
 
-    A text is a file or folder (.txt .md .rst .py, or .jsonl with a "text" field, each also .xz or .gz, or .parquet with
-    a "text" column). Above 256 MB of text, compressed files counted four times, or with --stream, it is tokenized once,
-    document by document, into files in $LOWRANK_CACHE (default ~/.cache/lowrank-kit), and read from there. A block of
-    tokens holds documents one after another: with --packing blocks attention reaches over all of it, with documents it
-    stays inside each.
+    A text is a file or folder (.txt .raw .md .rst .py, or .jsonl with a "text" field, each also .xz or .gz, or
+    .parquet with a "text" column). Above 256 MB of text, compressed files counted four times, or with --stream, it
+    is tokenized once, document by document, into files in $LOWRANK_CACHE (default ~/.cache/lowrank-kit), and read
+    from there. A block of tokens holds documents one after another: with --packing blocks attention reaches over
+    all of it, with documents it stays inside each.
 
     Rows of --text (.jsonl, .parquet, hub:) that hold "messages", "conversations", or "prompt" and "completion" are put
     in the form of the tokenizer's chat template, a sequence each, and their answers alone are learned. With --lora the

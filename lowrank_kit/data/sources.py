@@ -34,8 +34,8 @@ _STDLIB_EXCLUDED = {"test", "tests", "idlelib", "site-packages", "dist-packages"
 _STDLIB_FEWEST_FILES = 200
 
 _WHAT_A_SOURCE_CAN_BE = (
-    'a text source is a file or folder (.txt .text .md .rst .py, or .jsonl with a "text" field, each also .xz or .gz, '
-    'or .parquet with a "text" column), hub:NAME[:split] through datasets, or stdlib'
+    'a text source is a file or folder (.txt .text .raw .md .rst .py, or .jsonl with a "text" field, each also .xz or '
+    '.gz, or .parquet with a "text" column), hub:NAME[:split] through datasets, or stdlib'
 )
 # How much larger text is than what holds it on disk, roughly; only a guess at what fits into memory is made of it.
 _TIMES_COMPRESSED = 4
@@ -289,6 +289,7 @@ _READERS: dict[str, _Reader] = {
     ".txt": _read_plain,
     ".text": _read_plain,
     ".md": _read_plain,
+    ".raw": _read_plain,  # as WikiText has it
     ".rst": _read_plain,
     ".py": _read_plain,
     ".jsonl": _read_jsonl,

@@ -60,7 +60,7 @@ def test_a_folder_is_read_recursively_in_the_order_of_names(tmp_path: Path) -> N
     ]
 
 
-@pytest.mark.parametrize("kind", [".txt", ".text", ".md", ".rst", ".py"])
+@pytest.mark.parametrize("kind", [".txt", ".text", ".raw", ".md", ".rst", ".py"])
 def test_each_plain_type_as_a_file_compressed_or_not(tmp_path: Path, kind: str) -> None:
     for compression, compress in (("", bytes), (".xz", lzma.compress), (".gz", gzip.compress)):
         path = tmp_path / f"file{kind}{compression}"

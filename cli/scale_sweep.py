@@ -54,7 +54,13 @@ def _rates(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option("--block-tokens", type=int, default=32, show_default=True, help="Tokens in a sequence.")
 @click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
 @click.option("--vocab-size", type=int, default=512, show_default=True, help="Of a new BPE.")
-@click.option("--controls/--no-controls", default=True, help="Also with the k1 rule and without any.")
+@click.option(
+    "--control-seeds",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="How many of them also with the k1 rule and without any.",
+)
 @click.option("--resume", is_flag=True, default=False, help="Go on with the sweep in DIR, or add sizes or seeds to it.")
 @output_option()
 @device_option
@@ -68,7 +74,7 @@ def command(
     depths: tuple[int, ...] | None,
     lrs: tuple[float, ...],
     seeds: int,
-    controls: bool,
+    control_seeds: int,
     resume: bool,
     output: Path,
     as_json: bool,
@@ -93,7 +99,9 @@ def command(
 
     config, blocks = _base(model_config, **training)
     base = Size(width_of(config), depth_of(config))
-    grid = Grid(base, widths or (), depths or (), lrs, tuple(range(seeds)), (MUP, *CONTROLS * controls))
+    rules = (MUP, *CONTROLS) if control_seeds else (MUP,)
+    controlled = tuple(range(min(control_seeds, seeds)))
+    grid = Grid(base, widths or (), depths or (), lrs, tuple(range(seeds)), rules, controlled)
     try:
         sweep = _run(grid, output, config, blocks, verbosity, **training)
     except KeyboardInterrupt as stop:

@@ -5,14 +5,15 @@
     python evals/scaling/transfer.py tables                  # results, tables and pictures of what is there
 
 Models of Starcoder2's form, whose MLP has two matrices, on the standard library's sources in a vocabulary of 320
-tokens, 8 sequences of 32 tokens a step. Cells are trained seed by seed, those first that tell most, and each is written
-when it is done.
+tokens, 8 sequences of 32 tokens a step. muP is trained under three seeds, what stands beside it under one at least;
+each cell is written when it is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,13 +32,13 @@ from lowrank_kit.report.files import write_json, write_png
 from lowrank_kit.report.tables import markdown_table
 from lowrank_kit.scaling.family import Size
 from lowrank_kit.scaling.trainer import SizeTrainer
-from lowrank_kit.scaling.transfer import Cell, Grid, Sweep, shown
+from lowrank_kit.scaling.transfer import CONTROLS, MUP, Cell, Grid, Sweep, shown
 from lowrank_kit.scaling.trial import TrialSettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results-transfer.json"
 VOCABULARY, TOKENS, BYTES = 320, 32, 600_000
-SEEDS = (0, 1, 2)
+SEEDS, CONTROL_SEEDS = (0, 1, 2), (0,)
 WIDTHS, DEPTHS = (32, 64, 128, 256), (4, 16, 64)
 # Std of embeddings without norms, where nothing else brings the residual stream to a size near 1.
 EMBEDDING_STD = 0.5
@@ -58,8 +59,6 @@ STUDIES = [
     ("width", False, "numuon"),
     ("width", False, "adamw"),
 ]
-# So many of them are trained under all seeds before the others.
-FIRST = 2
 
 
 def main() -> None:
@@ -75,13 +74,10 @@ def main() -> None:
 def run(folder: Path) -> None:
     """Train the cells that are not there."""
     blocks = read_blocks()
-    first, rest = STUDIES[:FIRST], STUDIES[FIRST:]
-    for seed, study in [*product(SEEDS, first), *product(SEEDS, rest)]:
-        axis, norms, optimizer = study
+    for rules, (axis, norms, optimizer) in product(((MUP,), (MUP, *CONTROLS)), STUDIES):
         sweep = sweep_of(folder, axis, norms, optimizer)
-        prepare = None if norms else without_norms
-        train = SizeTrainer(config(axis), blocks, trial(optimizer), prepare=prepare)
-        cells = [cell for cell in sweep.grid.cells() if cell.seed == seed]
+        train = SizeTrainer(config(axis), blocks, trial(optimizer), prepare=None if norms else without_norms)
+        cells = [cell for cell in sweep.grid.cells() if cell.rule in rules]
         sweep.run(train, cells, told=partial(_tell, sweep.path.stem))
 
 
@@ -89,12 +85,14 @@ def _tell(name: str, cell: Cell) -> None:
     print(f"{name}: {shown(cell.size)} {cell.rule}, seed {cell.seed}", flush=True)
 
 
-def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str, seeds: tuple[int, ...] = SEEDS) -> Sweep:
-    """One study: its grid, and the losses that are there."""
+def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str, *seeds: tuple[int, ...]) -> Sweep:
+    """One study: its grid, of the seeds of muP and of the other rules, and the losses that are there."""
     size = Size(config(axis).hidden_size, config(axis).num_hidden_layers)
     widths, depths = (WIDTHS, ()) if axis == "width" else ((), DEPTHS)
     least = LEAST_RATES[optimizer] - (not norms)
-    grid = Grid(size, widths, depths, tuple(float(least + i) for i in range(RATES)), seeds)
+    rates = tuple(float(least + i) for i in range(RATES))
+    ours, theirs = seeds or (SEEDS, CONTROL_SEEDS)
+    grid = Grid(size, widths, depths, rates, ours, control_seeds=theirs)
     fixed = {"vocabulary": VOCABULARY, "block_tokens": TOKENS, "text_bytes": BYTES, "norms": norms}
     name = f"{optimizer}-{axis}-{'norms' if norms else 'no-norms'}.json"
     return Sweep(grid, folder / name, {**to_dict(trial(optimizer)), **fixed, "config": config(axis).to_diff_dict()})
@@ -151,17 +149,22 @@ def tables(folder: Path) -> None:
         sweep = sweep_of(folder, axis, norms, optimizer)
         if not sweep.records:
             continue
-        missing = {cell.seed for cell in sweep.missing()}
-        seeds = tuple(seed for seed in SEEDS if seed not in missing)
+        seeds = tuple(tuple(seed for seed in SEEDS if _whole(sweep, seed, rules)) for rules in ((MUP,), CONTROLS))
         name = f"{optimizer}, {axis}, {'norms' if norms else 'no norms'}"
         study: dict[str, Any] = {"name": name, "seeds": seeds, **json.loads(sweep.path.read_text())}
-        if seeds:  # those that all sizes and rules are there of
-            sweep = sweep_of(folder, axis, norms, optimizer, seeds)
+        if seeds[0]:  # those that all sizes are there of
+            sweep = sweep_of(folder, axis, norms, optimizer, *seeds)
             study |= sweep.verdict()
-            print(f"\n{name}, {len(seeds)} seeds\n\n{markdown_table(study['rows'])}")
+            print(f"\n{name}\n\n{markdown_table(study['rows'])}")
             write_png(folder / f"{sweep.path.stem}.png", draw(sweep, name))
         document["studies"].append(study)
     write_json(RESULTS, document)
+
+
+def _whole(sweep: Sweep, seed: int, rules: tuple[str, ...]) -> bool:
+    """Whether all cells of the rules are there under a seed."""
+    grid = replace(sweep.grid, seeds=(seed,), control_seeds=(seed,))
+    return all(cell in sweep.records for cell in grid.cells() if cell.rule in rules)
 
 
 if __name__ == "__main__":

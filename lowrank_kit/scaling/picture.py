@@ -44,7 +44,7 @@ def _curve(sweep: Sweep, size: Size, rule: str) -> UCurve | None:
     mean = sweep.losses(size, rule)
     if mean is None:
         return None
-    seeds = np.array([sweep.losses(size, rule, seed) for seed in sweep.grid.seeds], dtype=float)
+    seeds = np.array([sweep.losses(size, rule, seed) for seed in sweep.grid.seeds_of(rule)], dtype=float)
     found = sweep.transfer(size, rule)
     best = None if found is None else found.optimum
     mark = None if best is None or not math.isfinite(best.loss) else (best.log2_rate, best.loss)

@@ -55,6 +55,7 @@ class Grid:
         log2_rates: log2 of the learning rates, ascending, three at least.
         seeds: of weights and data order.
         rules: of `RULES`, mup among them.
+        control_seeds: seeds of the rules but mup, some of `seeds`; None is all.
 
     Raises:
         UsageError: a grid in which nothing can be found.
@@ -66,6 +67,7 @@ class Grid:
     log2_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     rules: tuple[str, ...] = (MUP, *CONTROLS)
+    control_seeds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.log2_rates) < 3 or any(np.diff(self.log2_rates) <= 0):
@@ -90,6 +92,10 @@ class Grid:
         """The rules that differ on an axis: k1 is another rule for the depth alone."""
         return tuple(rule for rule in self.rules if axis == "depth" or rule != "k1")
 
+    def seeds_of(self, rule: str) -> tuple[int, ...]:
+        """Those that a rule is trained under."""
+        return self.seeds if rule == MUP or self.control_seeds is None else self.control_seeds
+
     @property
     def axes(self) -> list[str]:
         """Those with a size."""
@@ -100,7 +106,7 @@ class Grid:
         found = []
         for seed in self.seeds:
             found.append(Cell(self.base, MUP, seed))
-            for rule in self.rules:
+            for rule in (rule for rule in self.rules if seed in self.seeds_of(rule)):
                 axes = [axis for axis in self.axes if rule in self.rules_of(axis)]
                 found += [Cell(size, rule, seed) for axis in axes for size in self.axis(axis)]
         return found
@@ -182,11 +188,11 @@ class Sweep:
         Args:
             size: of the grid.
             rule: of the grid; the base is the same under all.
-            seed: None is the mean over all seeds, inf where one of them diverged.
+            seed: None is the mean over all seeds of the rule, inf where one of them diverged.
         """
-        seeds = self.grid.seeds if seed is None else (seed,)
+        seeds = self.grid.seeds_of(rule) if seed is None else (seed,)
         cells = [Cell(size, MUP if size == self.grid.base else rule, number) for number in seeds]
-        if not all(cell in self.records for cell in cells):
+        if not cells or not all(cell in self.records for cell in cells):
             return None
         values = [[math.inf if loss is None else loss for loss in self.records[cell]["losses"]] for cell in cells]
         found = np.array(values, dtype=float)
@@ -212,10 +218,11 @@ class Sweep:
         mean = self.transfer(size, rule)
         if mean is None:
             return None
-        seeds = [one for seed in self.grid.seeds if (one := self.transfer(size, rule, seed)) is not None]
+        seeds = [one for seed in self.grid.seeds_of(rule) if (one := self.transfer(size, rule, seed)) is not None]
         best, base = mean.optimum, size == self.grid.base
         passed = (best is not None and best.found) if base else mean.passed
         row = {"axis": axis, "rule": rule, "width": size.width, "depth": size.depth}
+        row["seeds"] = len(seeds)
         row |= {"log2 lr": None, "by": "diverged", "loss": None} if best is None else _figures(best)
         keys = ("shift", "regret", "read by", "worst shift", "worst regret")
         figures: tuple[Any, ...] = (None,) * len(keys)

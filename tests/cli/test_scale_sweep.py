@@ -36,7 +36,7 @@ def options(tmp_path: Path) -> list[str]:
 def test_a_sweep_is_told_and_written_and_goes_on(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [*options, "--lrs", "-8:-5", "--widths", "32", "--no-controls"]
+    given = [*options, "--lrs", "-8:-5", "--widths", "32", "--control-seeds", "0"]
     code = run([*given, "--json"])
     captured = capsys.readouterr()
     document = json.loads(captured.out)
@@ -52,7 +52,7 @@ def test_a_sweep_is_told_and_written_and_goes_on(
 
     assert run(given) == 2
     assert "not empty" in capsys.readouterr().err
-    assert run([*given[:-1], "--depths", "2", "--resume"]) in (0, 4)
+    assert run([*given[:-2], "--depths", "2", "--resume"]) in (0, 4)
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0].split()[:4] == ["axis", "rule", "width", "depth"]
     assert "log2 lr: of the least loss, by a parabola" in captured.out
@@ -70,7 +70,7 @@ def test_a_sweep_is_told_and_written_and_goes_on(
 
 def test_a_rate_that_is_not_found_fails(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """All rates are far too low, so the highest is best."""
-    assert run([*options, "--lrs", "-20:-16:2", "--depths", "2", "--no-controls"]) == 4
+    assert run([*options, "--lrs", "-20:-16:2", "--depths", "2", "--control-seeds", "0"]) == 4
     captured = capsys.readouterr()
     assert "FAIL" in captured.out
     assert "16 x 1 is best at the end of the grid, log2 lr -16: give further rates" in captured.err

@@ -69,6 +69,18 @@ def test_shift_and_regret_are_told_by_rule(tmp_path: Path) -> None:
     assert verdict["reasons"] == []
 
 
+def test_controls_may_have_fewer_seeds(tmp_path: Path) -> None:
+    one = grid(control_seeds=(1,))
+    assert [(cell.seed, cell.rule) for cell in one.cells() if cell.rule != "mup"] == [(1, "k1"), (1, "sp"), (1, "sp")]
+    sweep = Sweep(one, tmp_path / "sweep.json", SETTINGS)
+    sweep.run(Training())
+    rows = {(row["rule"], row["width"]): row for row in sweep.rows() if row["axis"] == "width"}
+    assert [rows[rule, 128]["seeds"] for rule in ("mup", "sp")] == [2, 1]
+    assert rows["mup", 64]["log2 lr"] == pytest.approx(-5.9)
+    assert rows["sp", 64]["log2 lr"] == pytest.approx(-5.8), "the base as that seed has it"
+    assert rows["sp", 128]["shift"] == pytest.approx(1.0)
+
+
 def test_a_seed_that_differs_shows_beside_the_mean(tmp_path: Path) -> None:
     def train(size: Size, rule: str, rates: Sequence[float], seed: int) -> list[float]:
         centre = -6 if size == BASE else -6.5 + seed

@@ -1,7 +1,8 @@
 """The spectral and the coordinate check over widths 32 to 256 and depths 4 to 64: muP, k1 and no scaling.
 
-    python evals/scaling/check.py run     # what is missing in results-check.json; one core, about ten minutes
-    python evals/scaling/check.py tables  # the tables of README.md, and the pictures of Muon-Kimi
+    python evals/scaling/check.py run          # what is missing in results-check.json; one core, about ten minutes
+    python evals/scaling/check.py tables       # the tables of README.md, and the pictures of Muon-Kimi
+    python evals/scaling/check.py run long     # depths to 256, into results-check-long.json; likewise tables long
 
 Every size is trained for ten steps on the same bytes of the standard library's sources, 8 sequences of 32 in a step.
 """
@@ -26,8 +27,11 @@ from lowrank_kit.scaling.observe import BYTES, PLAIN, Row, Training, observe, te
 from lowrank_kit.scaling.write import check_plot
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results-check.json"
-SIZES = cross((32, 64, 128, 256), (4, 8, 16, 32, 64))
+# Name of a run -> its results and its sizes.
+RUNS = {
+    "short": (HERE / "results-check.json", cross((32, 64, 128, 256), (4, 8, 16, 32, 64))),
+    "long": (HERE / "results-check-long.json", cross((32,), (4, 16, 64, 256))),
+}
 OPTIMIZERS = {"muon": "Muon-Kimi", "adamw": "AdamW", "numuon": "NuMuon"}
 SCALINGS = ("k2", PLAIN, "k1")
 SEEDS = (0,)
@@ -47,10 +51,11 @@ CONFIG = LlamaConfig(
 )
 
 
-def run() -> None:
+def run(name: str) -> None:
     """Train what is missing, seed by seed; the results are written after each."""
     torch.set_num_threads(1)
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    results, sizes = RUNS[name]
+    document = json.loads(results.read_text()) if results.exists() else {"runs": []}
     document |= {"config": CONFIG.to_diff_dict(), "training": TRAINING, "environment": environment()}
     done = {(found["optimizer"], found["scaling"], found["seed"]) for found in document["runs"]}
     batches = text_batches(None, steps=TRAINING["steps"])
@@ -61,11 +66,11 @@ def run() -> None:
                     continue
                 started = time.perf_counter()
                 training = Training(optimizer, seed=seed, **TRAINING)
-                rows = list(observe(CONFIG, SIZES, batches, training, scaling=scaling))
+                rows = list(observe(CONFIG, sizes, batches, training, scaling=scaling))
                 seconds = time.perf_counter() - started
                 one = {"optimizer": optimizer, "scaling": scaling, "seed": seed, "seconds": round(seconds, 1)}
                 document["runs"].append({**one, "values": packed(rows)})
-                write_json(RESULTS, document)
+                write_json(results, document)
                 print(f"{optimizer}, {scaling}, seed {seed}: {seconds:.0f} s", flush=True)
 
 
@@ -89,21 +94,21 @@ def unpacked(one: dict[str, Any]) -> list[Row]:
     ]
 
 
-def checks_of(optimizer: str) -> list[Check]:
+def checks_of(optimizer: str, results: Path) -> list[Check]:
     """Both checks of the means over seeds."""
-    runs = json.loads(RESULTS.read_text())["runs"]
+    runs = json.loads(results.read_text())["runs"]
     rows = [row for one in runs if one["optimizer"] == optimizer for row in unpacked(one)]
     return [spectral_check(rows), coordinate_check(rows)]
 
 
-def tables() -> None:
-    """Print the tables, and draw the pictures."""
+def tables(name: str) -> None:
+    """Print the tables, and draw the pictures of the short run."""
     rows: list[dict[str, Any]] = []
     for optimizer, label in OPTIMIZERS.items():
-        checks = checks_of(optimizer)
+        checks = checks_of(optimizer, RUNS[name][0])
         for check in checks:
             rows += table_rows(label, check)
-            if optimizer == "muon":
+            if optimizer == "muon" and name == "short":
                 write_png(HERE / f"{check.name}.png", check_plot(check, f"{label}: {check.name} check, flat is right"))
     for kind in ("C1.2 W2 W1", "RMS"):
         print(markdown_table([row for row in rows if kind in row]))
@@ -121,4 +126,4 @@ def table_rows(label: str, check: Check) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    {"run": run, "tables": tables}[sys.argv[1]]()
+    {"run": run, "tables": tables}[sys.argv[1]](*(sys.argv[2:] or ["short"]))

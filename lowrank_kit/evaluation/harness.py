@@ -112,10 +112,11 @@ def _load_tasks(tasks: list[str], include_path: str | Path | None) -> Any:
         return manager.load(tasks)
     # What datasets raises for: no network, no such file, damaged data.
     except (OSError, ValueError) as error:
-        raise LowRankError(
-            f"the data of {', '.join(tasks)} could not be loaded: {error}",
-            hint="lm-eval's own tasks download their data once; a task from --include-path can bring its own",
-        ) from error
+        # A task that brings its own data can bring its own hint, as a note on the error.
+        hint = "\n".join(getattr(error, "__notes__", ())) or (
+            "lm-eval's own tasks download their data once; a task from --include-path can bring its own"
+        )
+        raise LowRankError(f"the data of {', '.join(tasks)} could not be loaded: {error}", hint=hint) from error
 
 
 def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:

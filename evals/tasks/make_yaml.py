@@ -48,7 +48,7 @@ def write_mmlu(folder: Path, subjects: list[str]) -> None:
     for name in subjects:
         words = name.replace("_", " ")
         (folder / f"{name}.yaml").write_text(
-            f"include: ../_mmlu_yaml\ntask: mmlu_{name}\ntask_alias: {words}\n"
+            f"include: ../_mmlu_yaml\ntask: mmlu_{name}\ntask_alias: {name}\n"
             f'description: "The following are multiple choice questions (with answers) about {words}.\\n\\n"\n'
             f"dataset_kwargs:\n  file: mmlu_subset/{name}_test.csv\n"
         )

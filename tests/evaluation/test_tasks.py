@@ -329,7 +329,7 @@ def test_data_that_is_not_there(
 
 
 def test_the_files_of_blimp_and_mmlu_are_what_the_script_writes(data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, FOLDER / "make_yaml.py", "-o", tmp_path]
+    command = [sys.executable, str(FOLDER / "make_yaml.py"), "-o", str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, "LOWRANK_EVAL_DATA": str(data)}, capture_output=True, text=True, check=False
     )

@@ -155,9 +155,12 @@ def _score(path: Path, place: Place, *, tasks: bool, reference: Path | None = No
         dense = load_model(Checkpoint.open(reference), device=device)
         found["kl"] = divergence(model, dense, _texts(place)[CORPORA[0]], batch_size=batch_size).kl_nats
     if tasks:
-        asked = place.settings["tasks"]
-        scored = run_tasks(model, tokenizer, asked["names"], include_path=TASKS, limit=asked["limit"], batch_size=32)
-        found["tasks"] = [asdict(one) for one in scored if one.task in asked["names"]]
+        found["tasks"] = [
+            asdict(one)
+            for task, limit in place.settings["tasks"]["limits"].items()
+            for one in run_tasks(model, tokenizer, [task], include_path=TASKS, limit=limit, batch_size=32)
+            if one.task == task  # a group has scores of its parts, too
+        ]
     return found
 
 
@@ -248,12 +251,12 @@ def _divergences(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _accuracies(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    asked = document["settings"]["tasks"]
+    names = document["settings"]["tasks"]["limits"]
     rows = []
     for row in document["rows"]:
-        if all(name in row for name in asked["names"]):
+        if all(name in row for name in names):
             keep = row["method"] if row["method"] == DENSE else f"{row['method']}, keep {row['keep']:g}"
-            scores = {name: f"{row[name]:.3f} ±{row[f'{name} stderr']:.3f}" for name in asked["names"]}
+            scores = {name: f"{row[name]:.3f} ±{row[f'{name} stderr']:.3f}" for name in names}
             rows.append({"optimizer": row["optimizer"], "model": keep, **scores})
     return rows
 

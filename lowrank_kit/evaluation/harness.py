@@ -129,6 +129,16 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             self._refuse_non_finite([nats for nats, _ in answers])
             return answers
 
+        def _loglikelihood_tokens(self, requests: Any, *given: Any, **options: Any) -> Any:
+            longest = max((len(continuation) for _, _, continuation in requests), default=0)
+            if longest > self.max_length:
+                raise LowRankError(
+                    f"a choice of the task has {longest} tokens, and {model_name(model)} has a context of "
+                    f"{self.max_length}",
+                    hint="take a model with a longer context, another task, or fewer documents (--limit)",
+                )
+            return super()._loglikelihood_tokens(requests, *given, **options)
+
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
             self._refuse_non_finite(answers)

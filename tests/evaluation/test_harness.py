@@ -145,6 +145,13 @@ def test_a_model_with_nan_is_refused_by_name(
         run_tasks(model, tiny_tokenizer, ["tiny_cloze"], include_path=task_folder)
 
 
+def test_a_choice_longer_than_the_context_is_refused(
+    tiny_llama: Build, tiny_tokenizer: PreTrainedTokenizerFast, task_folder: Path
+) -> None:
+    with pytest.raises(LowRankError, match=r"a choice of the task has \d+ tokens, and .* has a context of 1"):
+        run_tasks(tiny_llama(max_position_embeddings=1), tiny_tokenizer, ["tiny_cloze"], include_path=task_folder)
+
+
 def test_the_data_of_a_task_that_is_not_there(
     tiny_llama: Build, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -138,6 +138,14 @@ def heatmap_plot(
     return figure
 
 
+def places_plot(places: Mapping[tuple[str, str], float], *, title: str, label: str, **options: Any) -> Figure:
+    """`heatmap_plot` of a number for each (role, block), in the order in which they come; options are its own."""
+    roles = list(dict.fromkeys(role for role, _ in places))
+    blocks = list(dict.fromkeys(block for _, block in places))
+    grid = [[places.get((role, block), math.nan) for block in blocks] for role in roles]
+    return heatmap_plot(grid, blocks, roles, title=title, label=label, **options)
+
+
 def pareto_plot(
     series: Mapping[str, Sequence[tuple[float, float, str]]],
     *,

@@ -26,9 +26,9 @@ def text_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
     Returns:
         Lines without a trailing newline. Numbers are right-aligned, a column of floats has one number of decimals.
     """
-    keys, headings = _columns(rows, columns)
+    keys, headings = columns_of(rows, columns)
     cells = {key: format_column([row.get(key) for row in rows]) for key in keys}
-    right = {key: _is_numeric(rows, key) for key in keys}
+    right = {key: is_numeric(rows, key) for key in keys}
     widths = {key: max(len(heading), *map(len, cells[key]), 0) for key, heading in zip(keys, headings, strict=True)}
 
     def line(values: list[str]) -> str:
@@ -44,9 +44,9 @@ def text_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
 
 def markdown_table(rows: Sequence[Row], columns: Columns | None = None) -> str:
     """The same table in GitHub's Markdown."""
-    keys, headings = _columns(rows, columns)
+    keys, headings = columns_of(rows, columns)
     cells = {key: format_column([row.get(key) for row in rows]) for key in keys}
-    rule = ["---:" if _is_numeric(rows, key) else "---" for key in keys]
+    rule = ["---:" if is_numeric(rows, key) else "---" for key in keys]
     lines = [headings, rule, *([cells[key][i] for key in keys] for i in range(len(rows)))]
     return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines)
 
@@ -112,7 +112,8 @@ def _format(value: Any, decimals: int) -> str:
             return str(value)
 
 
-def _columns(rows: Sequence[Row], columns: Columns | None) -> tuple[list[str], list[str]]:
+def columns_of(rows: Sequence[Row], columns: Columns | None) -> tuple[list[str], list[str]]:
+    """Keys and headings, as `text_table` takes them."""
     if columns is None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
     if isinstance(columns, Mapping):
@@ -120,6 +121,7 @@ def _columns(rows: Sequence[Row], columns: Columns | None) -> tuple[list[str], l
     return list(columns), list(columns)
 
 
-def _is_numeric(rows: Sequence[Row], key: str) -> bool:
+def is_numeric(rows: Sequence[Row], key: str) -> bool:
+    """Whether a column holds numbers, and nothing else where it holds anything."""
     values = [row.get(key) for row in rows if row.get(key) is not None]
     return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_kit.report.files import new_folder, write_csv, write_json, write_png
-from lowrank_kit.report.plots import decay_bands_plot, decay_plot, heatmap_plot
+from lowrank_kit.report.plots import decay_bands_plot, decay_plot, places_plot
 from lowrank_kit.spectra.measure import Spectra
 
 EFFECTIVE_RANK = r"$e^H /\,\min(m, n)$, $H$ the entropy of $\sigma / \Sigma\sigma$"
@@ -72,8 +72,5 @@ def _shares(spectra: Spectra) -> dict[tuple[str, str], float]:
 
 
 def _heatmap(title: str, shares: Mapping[tuple[str, str], float], *, diverging: bool = False) -> Any:
-    roles = list(dict.fromkeys(role for role, _ in shares))
-    blocks = list(dict.fromkeys(block for _, block in shares))
-    grid = [[shares.get((role, block), np.nan) for block in blocks] for role in roles]
     limits = None if diverging else (0.0, 1.0)
-    return heatmap_plot(grid, blocks, roles, title=title, label=EFFECTIVE_RANK, limits=limits, diverging=diverging)
+    return places_plot(shares, title=title, label=EFFECTIVE_RANK, limits=limits, diverging=diverging)

@@ -1,0 +1,66 @@
+"""Results of `lowrank scale check` and `lowrank scale sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowrank_kit.report.page import Part, Picture, Section, Table, Text
+from lowrank_kit.scaling.checks import Check, slope_rows
+from lowrank_kit.scaling.family import Size
+from lowrank_kit.scaling.picture import draw
+from lowrank_kit.scaling.transfer import MUP, RULES, Grid, Sweep
+from lowrank_kit.scaling.write import check_plot
+from lowrank_kit.summary.find import Found
+
+PASS, FAIL = "PASS", "FAIL"
+
+
+def scaling_section(found: Sequence[Found]) -> Section:
+    """Checks first, then sweeps; a section below for each."""
+    ordered = sorted(found, key=lambda one: one.kind)
+    return Section("Scale", (), [Section(one.name, _check(one) if one.kind == "check" else _sweep(one)) for one in ordered])
+
+
+def _check(one: Found) -> list[Part]:
+    parts: list[Part] = []
+    for name, found in one.document["checks"].items():
+        check = Check(name, [_with_numbers(row) for row in found["slopes"]])
+        parts.append(Text(found["verdict"], PASS if found["passed"] else FAIL))
+        parts.append(Picture(check_plot(check), f"{name} check: what should not go with the size, against the size"))
+        parts.append(Table(slope_rows(check), caption=f"Slopes of the {name} check over the size, 0 is right"))
+    return parts
+
+
+def _with_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no numbers that are not finite."""
+    values = [float("nan") if value is None else value for value in row["values"]]
+    return {**row, "slope": float("nan") if row["slope"] is None else row["slope"], "values": values}
+
+
+def _sweep(one: Found) -> list[Part]:
+    document, sweep = one.document, _read(one)
+    passed = document.get("passed")
+    reasons = "; ".join(document.get("reasons") or []) or "the base's best learning rate serves the other sizes"
+    parts: list[Part] = [Text("cells are missing: the sweep was not finished")]
+    if passed is not None:
+        parts = [Text(reasons, PASS if passed else FAIL)]
+    title = f"Loss against the learning rate, {one.name}"
+    figure = draw(sweep, title)
+    parts.append(Picture(figure, f"{title}: log2 of the rate, a line for each size, optima marked"))
+    return [*parts, Table(sweep.rows(), caption="Optimum by size; shift in log2, regret in nats, against the base")]
+
+
+def _read(one: Found) -> Sweep:
+    """The sweep, with the grid that its cells have."""
+    settings = dict(one.document["settings"])
+    cells = one.document["cells"]
+    base = Size(*map(int, settings["base"].split(" x ")))
+    rates = tuple(settings.pop("log2_rates"))
+    settings.pop("base")
+    sizes = {Size(cell["width"], cell["depth"]) for cell in cells}
+    seeds = tuple(sorted({cell["seed"] for cell in cells}))
+    rules = tuple(rule for rule in RULES if rule == MUP or any(cell["rule"] == rule for cell in cells))
+    widths = tuple(sorted({size.width for size in sizes} - {base.width}))
+    depths = tuple(sorted({size.depth for size in sizes} - {base.depth}))
+    return Sweep(Grid(base, widths, depths, rates, seeds, rules), one.path, settings)

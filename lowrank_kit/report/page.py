@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -21,8 +22,10 @@ from lowrank_kit.report.tables import Columns, Row, columns_of, format_column, i
 
 MOST_ROWS = 400
 MOST_PICTURES = 80
-# A picture of more bytes than this as vectors, of many lines, is smaller and no less sharp in pixels.
+# A picture of more points or bytes than this as vectors is smaller in pixels, and no less sharp.
+VECTOR_POINTS = 4000
 VECTOR_BYTES = 100_000
+SHORT = 40  # letters of a cell that is not broken
 CSS_PIXELS = 96  # in an inch
 
 
@@ -111,10 +114,13 @@ def make_page(title: str, lead: str, sections: Sequence[Section]) -> str:
 def picture_uri(figure: Figure) -> str:
     """A figure as a data URI: SVG, or PNG where that would be large."""
     vector, pixels = io.BytesIO(), io.BytesIO()
+    points = sum(np.size(line.get_xdata()) for axes in figure.axes for line in axes.lines)
     with styled():
-        figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
-        if vector.tell() <= VECTOR_BYTES:
-            return _uri("image/svg+xml", vector.getvalue())
+        if points <= VECTOR_POINTS:
+            figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+            if vector.tell() <= VECTOR_BYTES:
+                return _uri("image/svg+xml", vector.getvalue())
+            figure.set_layout_engine("none")  # it is done, and takes half of the time
         figure.savefig(pixels, format="png", dpi=PNG_DPI)
     return _uri("image/png", pixels.getvalue())
 
@@ -181,10 +187,13 @@ def _table(table: Table) -> dict[str, Any]:
     for key, heading in zip(keys, headings, strict=True):
         values = [row.get(key) for row in rows]
         plain = [{key: value.value if isinstance(value, Measured) else value} for value in values]
+        if all(value is None or value == "" for value in values):
+            continue
         numbers = is_numeric(plain, key)
         texts = format_column([row[key] for row in plain])
+        look = "number" if numbers else "short" if max(map(len, texts)) <= SHORT else ""
         cells = [_cell(value, text, numbers) for value, text in zip(values, texts, strict=True)]
-        columns.append({"heading": heading, "numbers": numbers, "cells": cells})
+        columns.append({"heading": heading, "look": look, "cells": cells})
     return {
         "caption": table.caption,
         "columns": columns,

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lowrank_kit.errors import LowRankError
-from lowrank_kit.report.page import Fold, Section, Table, make_page
-from lowrank_kit.summary.compression import compression_section
-from lowrank_kit.summary.experiments import experiments_section
-from lowrank_kit.summary.find import Found
+from lowrank_kit.report.page import Fold, Part, Section, Table, make_page
+from lowrank_kit.summary.compression import compression_parts
+from lowrank_kit.summary.experiments import experiment_parts, experiment_title
+from lowrank_kit.summary.find import Found, reading
 from lowrank_kit.summary.models import Models, overview
-from lowrank_kit.summary.scaling import scaling_section
-from lowrank_kit.summary.spectra import spectra_section
+from lowrank_kit.summary.scaling import scaling_parts
+from lowrank_kit.summary.spectra import spectra_parts
 from lowrank_kit.summary.training import training_section
 
-# Kinds of documents -> the section they go into, in order.
-SECTIONS: Mapping[tuple[str, ...], Callable[[Sequence[Found]], Section]] = {
-    ("experiment",): experiments_section,
-    ("run",): training_section,
-    ("spectra",): spectra_section,
-    ("compression",): compression_section,
-    ("check", "sweep"): scaling_section,
+# Kind of documents -> heading of their section, and what stands in it for each.
+SECTIONS: Mapping[str, tuple[str, Callable[[Found], list[Part]]]] = {
+    "experiment": ("Experiments", experiment_parts),
+    "spectra": ("Spectra", spectra_parts),
+    "compression": ("Compression", compression_parts),
+    "check": ("Scale: checks", scaling_parts),
+    "sweep": ("Scale: loss against the learning rate", scaling_parts),
 }
 # Long, and shown elsewhere on the page.
 _SHOWN = {"models", "matrices", "singular_values", "checks", "cells", "rows", "environment", "reasons", "documents"}
@@ -38,20 +37,28 @@ def build_page(documents: Sequence[Found], title: str = "lowrank report") -> str
     Raises:
         LowRankError: a document that lacks what its kind has.
     """
-    kinds = dict.fromkeys(one.kind for one in documents)
-    counts = ", ".join(f"{sum(one.kind == kind for one in documents)} of {kind}" for kind in kinds)
+    counts = Counter(one.kind for one in documents)
     sections = []
     if parts := overview(Models(documents)):
         sections.append(Section("Models", parts))
-    for of, make in SECTIONS.items():
-        if found := [one for one in documents if one.kind in of]:
-            sections.append(_made(make, found))
+    if runs := [one for one in documents if one.kind == "run"]:
+        sections.append(training_section(runs))
+    sections += [
+        _section(kind, found) for kind in SECTIONS if (found := [one for one in documents if one.kind == kind])
+    ]
     sections.append(Section("Provenance", [_provenance(one) for one in documents]))
-    return make_page(title, f"{len(documents)} documents: {counts}.", sections)
+    lead = ", ".join(f"{kind} ({count})" for kind, count in counts.items())
+    return make_page(title, f"Made from {len(documents)} documents: {lead}.", sections)
 
 
-def _made(make: Callable[[Sequence[Found]], Section], found: Sequence[Found]) -> Section:
-    return make(found)
+def _section(kind: str, documents: Sequence[Found]) -> Section:
+    """A section below for each document."""
+    title, parts = SECTIONS[kind]
+    below = []
+    for one in documents:
+        with reading(one):
+            below.append(Section(experiment_title(one) if kind == "experiment" else one.name, parts(one)))
+    return Section(title, (), below)
 
 
 def _provenance(one: Found) -> Fold:

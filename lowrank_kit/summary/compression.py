@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_kit.compression.record import role_rows, size_rows
 from lowrank_kit.report.lines import LinePanel, lines_plot
-from lowrank_kit.report.page import Fold, Part, Picture, Section, Table, Text
+from lowrank_kit.report.page import Fold, Part, Picture, Table, Text
 from lowrank_kit.report.plots import places_plot
 from lowrank_kit.summary.find import Found
 from lowrank_kit.summary.models import method_of
@@ -30,12 +30,8 @@ COLUMNS = {
 Matrices = Sequence[Mapping[str, Any]]
 
 
-def compression_section(found: Sequence[Found]) -> Section:
-    """A section below for each compressed model."""
-    return Section("Compression", (), [Section(one.name, _parts(one)) for one in found])
-
-
-def _parts(one: Found) -> list[Part]:
+def compression_parts(one: Found) -> list[Part]:
+    """How it was compressed and to what loss, sizes, ranks and errors of one model."""
     document = one.document
     matrices: list[dict[str, Any]] = document["matrices"]
     parts: list[Part] = [Text(sentence) for sentence in _sentences(document)]
@@ -50,7 +46,9 @@ def _sentences(document: Mapping[str, Any]) -> list[str]:
     found = [f"From {document['model']}; {method_of(settings)}, seed {settings.get('seed')}."]
     if check.get("loss_compressed") is not None:
         dense, here = check["loss_dense"], check["loss_compressed"]
-        found.append(f"Loss on check text: {dense:.4f} dense, {here:.4f} compressed, {here - dense:+.4f} nats per token.")
+        found.append(
+            f"Loss on check text: {dense:.4f} dense, {here:.4f} compressed, {here - dense:+.4f} nats per token."
+        )
     if (forecast := document.get("forecast")) and forecast.get("nats") is not None:
         found.append(f"Forecast beforehand: {forecast['nats']:+.4f} nats per token, from {forecast.get('from')}.")
     for stage, figures in (document.get("refined") or {}).items():

@@ -7,22 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.report.page import Part, Picture, Section, Table, Text
+from lowrank_kit.report.page import Part, Picture, Table, Text
 from lowrank_kit.report.plots import pareto_plot
 from lowrank_kit.report.tables import duration
 from lowrank_kit.summary.find import Found
 
 
-def experiments_section(found: Sequence[Found]) -> Section:
-    """A section below for each."""
-    return Section("Experiments", (), [Section(_title(one.document), _parts(one)) for one in found])
-
-
-def _title(document: Mapping[str, Any]) -> str:
+def experiment_title(one: Found) -> str:
+    """Its title and form."""
+    document = one.document
     return f"{document.get('title') or document.get('name')} ({document.get('form')})"
 
 
-def _parts(one: Found) -> list[Part]:
+def experiment_parts(one: Found) -> list[Part]:
+    """What it was, its front and its rows."""
     document = one.document
     rows = document.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -31,19 +29,20 @@ def _parts(one: Found) -> list[Part]:
     took = f", took {duration(document['wall_seconds'])}" if document.get("wall_seconds") is not None else ""
     parts: list[Part] = [Text(f"Experiment {document.get('name')}: {len(rows):,} rows, seeds {seeds}{took}.")]
     if front := document.get("front"):
-        parts += _front(_title(document), rows, front)
+        parts += _front(experiment_title(one), rows, front)
     return [*parts, Table(rows)]
 
 
 def _front(title: str, rows: Sequence[Mapping[str, Any]], front: Mapping[str, str]) -> list[Part]:
-    """Means over rows alike in x and in the curve, which are seeds, are left to who wrote the rows."""
+    """A picture of the columns that `front` names; rows without numbers there are left out."""
+    in_bytes = front["x"] == "bytes"
     curves: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:
         x, y = row.get(front["x"]), row.get(front["y"])
         if isinstance(x, int | float) and isinstance(y, int | float):
-            curves[str(row.get(front["group"], ""))].append((x, y, ""))
+            curves[str(row.get(front["group"], ""))].append((x / 1e6 if in_bytes else x, y, ""))
     if not curves:
         return []
-    figure = pareto_plot(curves, x_label=front["x"], y_label=front["y"], title=title)
+    figure = pareto_plot(curves, x_label="MB" if in_bytes else front["x"], y_label=front["y"], title=title)
     alt = f"{title}: {front['y']} against {front['x']}, {len(curves)} curves, the Pareto front of all is marked"
     return [Picture(figure, alt)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ SIGNS: Mapping[str, frozenset[str]] = {
 NAMES = {f"{kind}.json": kind for kind in ("run", "compression", "spectra", "check", "sweep")}
 # Of a checkpoint, and large.
 _OTHERS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
-_WHAT = "what lowrank train, analyze, compress and scale write, lowrank eval --json > FILE.json, or an experiment's results"
+_WHAT = (
+    "what lowrank train, analyze, compress and scale write, lowrank eval --json > FILE.json, or an experiment's results"
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ def find_documents(places: Sequence[Path | str]) -> list[Found]:
         for one in here:
             found.setdefault(one.path.resolve(), one)
     return list(found.values())
+
+
+@contextmanager
+def reading(one: Found) -> Iterator[None]:
+    """Inside, what a document lacks is told in one error that names its file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise LowRankError(f"{one.path} is damaged ({told})", hint="make it again, or remove it") from error
 
 
 def _files(top: Path) -> Iterator[Path]:
@@ -138,7 +151,9 @@ def _kind(document: Mapping[str, Any], path: Path) -> str | None:
 
 
 def _is_eval(models: Any) -> bool:
-    return isinstance(models, list) and all(isinstance(row, dict) and {"model", "bytes"} <= row.keys() for row in models)
+    return isinstance(models, list) and all(
+        isinstance(row, dict) and {"model", "bytes"} <= row.keys() for row in models
+    )
 
 
 def _same_version(path: Path, version: Any, known: int) -> None:

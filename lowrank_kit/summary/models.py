@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank_kit.report.page import Measured, Part, Picture, Table, Text
 from lowrank_kit.report.plots import pareto_plot
-from lowrank_kit.summary.find import Found
+from lowrank_kit.summary.find import Found, reading
 
 MOST_FRONTS = 6
 DENSE = "dense"
@@ -24,7 +24,7 @@ SCORES = {
 }
 COLUMNS = {
     "model": "model",
-    "from": "compressed from",
+    "from": "from",
     "optimizer": "optimizer",
     "method": "method",
     "keep": "keep",
@@ -70,13 +70,18 @@ class Models:
         for kind, function in add.items():
             for one in documents:
                 if one.kind == kind:
-                    function(one)
+                    with reading(one):
+                        function(one)
 
     def __iter__(self) -> Iterator[Model]:
-        return iter(self._models.values())
+        """Each dense model, then what was compressed from it, the largest first."""
+        place = {model.name: index for index, model in enumerate(self._models.values())}
 
-    def __len__(self) -> int:
-        return len(self._models)
+        def order(model: Model) -> tuple[int, bool, float]:
+            source = model.source or model.name
+            return place.get(source, len(place)), model.source is not None, -(model.facts.get("bytes") or 0)
+
+        return iter(sorted(self._models.values(), key=order))
 
     def _at(self, named: str, beside: Path) -> Model:
         """The model that a document in the folder `beside` calls so."""
@@ -120,7 +125,12 @@ class Models:
         for row in one.document["models"]:
             kept = "" if row.get("keep") is None else f"-keep-{row['keep']}"
             model = self._at(str(one.folder / f"{row['optimizer']}{kept}"), one.folder)
-            task = {"value": row.get("accuracy"), "stderr": row.get("accuracy_stderr"), "task": "cloze", "metric": "acc"}
+            task = {
+                "value": row.get("accuracy"),
+                "stderr": row.get("accuracy_stderr"),
+                "task": "cloze",
+                "metric": "acc",
+            }
             self._score(model, {**row, "tasks": [task] if row.get("accuracy") is not None else []})
 
     @staticmethod

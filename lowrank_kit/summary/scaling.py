@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from lowrank_kit.report.page import Part, Picture, Section, Table, Text
+from lowrank_kit.report.files import finite
+from lowrank_kit.report.page import Part, Picture, Table, Text
 from lowrank_kit.scaling.checks import Check, slope_rows
 from lowrank_kit.scaling.family import Size
 from lowrank_kit.scaling.picture import draw
@@ -16,19 +17,19 @@ from lowrank_kit.summary.find import Found
 PASS, FAIL = "PASS", "FAIL"
 
 
-def scaling_section(found: Sequence[Found]) -> Section:
-    """Checks first, then sweeps; a section below for each."""
-    ordered = sorted(found, key=lambda one: one.kind)
-    return Section("Scale", (), [Section(one.name, _check(one) if one.kind == "check" else _sweep(one)) for one in ordered])
+def scaling_parts(one: Found) -> list[Part]:
+    """Verdicts, pictures and tables of a check or a sweep."""
+    return _check(one) if one.kind == "check" else _sweep(one)
 
 
 def _check(one: Found) -> list[Part]:
     parts: list[Part] = []
     for name, found in one.document["checks"].items():
         check = Check(name, [_with_numbers(row) for row in found["slopes"]])
-        parts.append(Text(found["verdict"], PASS if found["passed"] else FAIL))
+        verdict = PASS if found["passed"] else FAIL
+        parts.append(Text(found["verdict"].replace(f" {verdict},", ""), verdict))
         parts.append(Picture(check_plot(check), f"{name} check: what should not go with the size, against the size"))
-        parts.append(Table(slope_rows(check), caption=f"Slopes of the {name} check over the size, 0 is right"))
+        parts.append(Table(finite(slope_rows(check)), caption=f"Slopes of the {name} check over the size, 0 is right"))
     return parts
 
 
@@ -48,7 +49,10 @@ def _sweep(one: Found) -> list[Part]:
     title = f"Loss against the learning rate, {one.name}"
     figure = draw(sweep, title)
     parts.append(Picture(figure, f"{title}: log2 of the rate, a line for each size, optima marked"))
-    return [*parts, Table(sweep.rows(), caption="Optimum by size; shift in log2, regret in nats, against the base")]
+    return [
+        *parts,
+        Table(finite(sweep.rows()), caption="Optimum by size; shift in log2, regret in nats, against the base"),
+    ]
 
 
 def _read(one: Found) -> Sweep:

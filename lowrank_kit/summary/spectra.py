@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank_kit.report.page import Fold, Part, Picture, Section, Table, Text
+from lowrank_kit.report.page import Fold, Part, Picture, Table, Text
 from lowrank_kit.report.plots import decay_bands_plot, decay_plot, places_plot
 from lowrank_kit.spectra.write import EFFECTIVE_RANK
 from lowrank_kit.summary.find import Found
@@ -23,12 +23,9 @@ Places = dict[tuple[str, str], float]
 Lines = dict[str, list[tuple[int | None, Sequence[float]]]]
 
 
-def spectra_section(found: Sequence[Found]) -> Section:
-    """A section below for each result."""
-    return Section("Spectra", (), [Section(one.name, _parts(one.document)) for one in found])
-
-
-def _parts(document: Mapping[str, Any]) -> list[Part]:
+def spectra_parts(one: Found) -> list[Part]:
+    """A table by role, and for each model, or two against each other, the pictures."""
+    document = one.document
     models = {model["name"]: model for model in document["models"]}
     caption = "By role, each as a share of min(m, n): the mean over matrices"
     rows = [
@@ -36,14 +33,24 @@ def _parts(document: Mapping[str, Any]) -> list[Part]:
         for name, model in models.items()
         for summary in [*model["roles"], {**model["overall"], "role": "all"}]
     ]
-    parts: list[Part] = [Table(rows, {"model": "model", "role": "role", "num_matrices": "matrices", **MEASURES}, caption)]
+    parts: list[Part] = [
+        Table(rows, {"model": "model", "role": "role", "num_matrices": "matrices", **MEASURES}, caption)
+    ]
     lines = {name: _lines(model, document["singular_values"].get(name, {})) for name, model in models.items()}
     for name, model in models.items():
         parts += _pictures(name, model, lines[name])
     if len(models) == 2:
         parts += _against(models, lines)
     matrices = [{"model": name, **row} for name, model in models.items() for row in model["matrices"]]
-    columns = {"model": "model", "name": "matrix", "role": "role", "block": "block", "out": "out", "in": "in", **MEASURES}
+    columns = {
+        "model": "model",
+        "name": "matrix",
+        "role": "role",
+        "block": "block",
+        "out": "out",
+        "in": "in",
+        **MEASURES,
+    }
     return [*parts, Fold(f"All {len(matrices):,} matrices", [Table(matrices, columns)])]
 
 

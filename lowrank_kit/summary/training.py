@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_kit.report.lines import LinePanel, lines_plot
 from lowrank_kit.report.page import Part, Picture, Section, Table, Text
-from lowrank_kit.summary.find import Found
+from lowrank_kit.summary.find import Found, reading
 
 MOST_POINTS = 400
 RUNS_IN_A_PICTURE = 6
@@ -21,7 +21,11 @@ Points = list[tuple[float, float]]
 def training_section(runs: Sequence[Found]) -> Section:
     """A table of the runs, their curves in common pictures, and the effective rank of each."""
     logs = {run.name: read_log(run.folder / "log.jsonl") for run in runs}
-    parts: list[Part] = [Table([_row(run) for run in runs])]
+    rows = []
+    for run in runs:
+        with reading(run):
+            rows.append(_row(run))
+    parts: list[Part] = [Table(rows)]
     shown = [name for name, log in logs.items() if log][:MOST_RUNS]
     for start in range(0, len(shown), RUNS_IN_A_PICTURE):
         parts.append(_curves({name: logs[name] for name in shown[start : start + RUNS_IN_A_PICTURE]}))

@@ -12,8 +12,8 @@ from tests.process import same_process
 
 CONFIG = {
     "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -51,8 +51,8 @@ def make_results(top: Path) -> Path:
     blocks = ["--block-tokens", "16", "--batch-size", "4"]
     shape = ["--model-config", str(top / "config.json"), "--vocab-size", "260"]
     every = ["--log-every", "1", "--spectra-every", "1", "--eval-every", "6", "--eval-blocks", "4"]
-    long = ["--block-tokens", "64", "--batch-size", "16"]  # enough work for the ranks to be a hundredth of it
-    _call("train", *shape, *source, *long, *every, "--steps", "12", "-o", model)
+    long = ["--block-tokens", "128", "--batch-size", "32"]  # enough work for the ranks to be a hundredth of it
+    _call("train", *shape, *source, *long, *every, "--steps", "18", "-o", model)
     for keep, objective in (("0.8", "plain"), ("0.5", "whiten")):
         wanted = ["--keep", keep, "--objective", objective, "--calibration-blocks", "4", "--check-blocks", "2"]
         _call("compress", model, *wanted, *source, *blocks, "-o", str(folder / f"keep-{keep}"))
@@ -62,7 +62,19 @@ def make_results(top: Path) -> Path:
     (folder / "eval.json").write_text(scored)
     sizes = ["--widths", "32,64", "--depths", "1", "--steps", "2"]
     _call("scale", "check", *sizes, *source, "-o", str(folder / "check"))
-    sweep = ["--widths", "32", "--lrs", "-8:-5", "--seeds", "1", "--steps", "3", "--optimizer", "adamw", "--no-controls"]
+    sweep = [
+        "--widths",
+        "64",
+        "--lrs",
+        "-8:-5",
+        "--seeds",
+        "1",
+        "--steps",
+        "3",
+        "--optimizer",
+        "adamw",
+        "--no-controls",
+    ]
     _call("scale", "sweep", *shape, *sweep, *source, *blocks, "-o", str(folder / "sweep"))
     (folder / "study").mkdir()
     (folder / "study" / "results.json").write_text(json.dumps(EXPERIMENT))

@@ -68,11 +68,11 @@ def test_damaged_files_of_ours_are_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_and_one_with_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no folder .*nowhere"):
+    with pytest.raises(UsageError, match=r"no folder .*nowhere"):
         find_documents([tmp_path / "nowhere"])
     put(tmp_path / "full" / "scores.json", EVAL)
     put(tmp_path / "empty" / "config.json", {})
-    with pytest.raises(UsageError, match="nothing that lowrank wrote in .*empty"):
+    with pytest.raises(UsageError, match=r"nothing that lowrank wrote in .*empty"):
         find_documents([tmp_path / "full", tmp_path / "empty"])
 
 

@@ -73,7 +73,8 @@ def make_results(top: Path) -> Path:
         "3",
         "--optimizer",
         "adamw",
-        "--no-controls",
+        "--control-seeds",
+        "0",
     ]
     _call("scale", "sweep", *shape, *sweep, *source, *blocks, "-o", str(folder / "sweep"))
     (folder / "study").mkdir()

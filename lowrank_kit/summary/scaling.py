@@ -40,12 +40,13 @@ def _with_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sweep(one: Found) -> list[Part]:
-    document, sweep = one.document, _read(one)
-    passed = document.get("passed")
+    document, passed = one.document, one.document.get("passed")
+    unfinished = Text("Cells are missing: the sweep was not finished.")
+    if len({(cell["width"], cell["depth"]) for cell in document["cells"]}) < 2:
+        return [unfinished]
+    sweep = _read(one)
     reasons = "; ".join(document.get("reasons") or []) or "the base's best learning rate serves the other sizes"
-    parts: list[Part] = [Text("cells are missing: the sweep was not finished")]
-    if passed is not None:
-        parts = [Text(reasons, PASS if passed else FAIL)]
+    parts: list[Part] = [unfinished if passed is None else Text(reasons, PASS if passed else FAIL)]
     title = f"Loss against the learning rate, {one.name}"
     figure = draw(sweep, title)
     parts.append(Picture(figure, f"{title}: log2 of the rate, a line for each size, optima marked"))
@@ -63,8 +64,10 @@ def _read(one: Found) -> Sweep:
     rates = tuple(settings.pop("log2_rates"))
     settings.pop("base")
     sizes = {Size(cell["width"], cell["depth"]) for cell in cells}
-    seeds = tuple(sorted({cell["seed"] for cell in cells}))
+    # the base is trained first: without it a seed tells nothing
+    seeds = tuple(sorted({cell["seed"] for cell in cells if (cell["width"], cell["depth"]) == base}))
     rules = tuple(rule for rule in RULES if rule == MUP or any(cell["rule"] == rule for cell in cells))
     widths = tuple(sorted({size.width for size in sizes} - {base.width}))
     depths = tuple(sorted({size.depth for size in sizes} - {base.depth}))
-    return Sweep(Grid(base, widths, depths, rates, seeds, rules), one.path, settings)
+    controls = tuple(sorted({cell["seed"] for cell in cells if cell["rule"] != MUP} & set(seeds))) or None
+    return Sweep(Grid(base, widths, depths, rates, seeds, rules, controls), one.path, settings)

@@ -128,3 +128,13 @@ def test_a_document_that_lacks_a_part_is_told_by_its_file(results: Path, tmp_pat
     (tmp_path / "compression.json").write_text(json.dumps(document))
     with pytest.raises(LowRankError, match=r"compression\.json is damaged \(KeyError: 'rank'\)"):
         build_page(find_documents([tmp_path]))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_sweep_that_was_stopped_is_shown_as_far_as_it_is(count: int, results: Path, tmp_path: Path) -> None:
+    document = json.loads((results / "sweep" / "sweep.json").read_text())
+    cells = [document["cells"][0], {**document["cells"][1], "seed": 1}][:count]
+    (tmp_path / "sweep.json").write_text(json.dumps({**document, "cells": cells, "passed": None, "reasons": []}))
+    first, *more = scaling_parts(find_documents([tmp_path])[0])
+    assert first == Text("Cells are missing: the sweep was not finished.")
+    assert len(more) == (0 if count == 1 else 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_all_text_is_escaped() -> None:
 
 
 def test_numbers_are_sorted_by_all_their_digits() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"n": 1234567, "x": 0.123456789, "task": Measured(0.25, 0.0125), "word": "a"},
         {"n": None, "x": 2.0, "task": Measured(1.0, None), "word": None},
     ]

@@ -8,6 +8,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lowrank_kit.errors import LowRankError
@@ -66,7 +67,7 @@ def test_the_front_has_a_curve_for_each_method(documents: list[Found]) -> None:
     front = overview(Models(documents))[1]
     assert isinstance(front, Picture)
     axes = front.figure.axes[0]
-    curves = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
+    curves = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in axes.lines}
     sizes = {Path(model.name).name: model.facts["bytes"] / 1e6 for model in Models(documents)}
     assert curves[f"results/{DENSE}, plain"] == sorted([sizes["keep-0.8"], sizes[DENSE]])
     assert curves[f"results/{DENSE}, whiten"] == sorted([sizes["keep-0.5"], sizes[DENSE]])
@@ -79,9 +80,11 @@ def test_training_curves_are_those_of_the_log(documents: list[Found], results: P
     assert isinstance(ranks, Picture)
     for axes, key in zip(curves.figure.axes, ("loss", "validation_loss", "lr"), strict=True):
         (line,) = axes.lines
-        assert list(line.get_ydata()) == [row[key] for row in log if row.get(key) is not None]
+        assert np.asarray(line.get_ydata()).tolist() == [row[key] for row in log if row.get(key) is not None]
     drawn = ranks.figure.axes[0].lines[0]
-    assert list(drawn.get_ydata()) == [row["effective_rank"]["q"] for row in log if "effective_rank" in row]
+    assert np.asarray(drawn.get_ydata()).tolist() == [
+        row["effective_rank"]["q"] for row in log if "effective_rank" in row
+    ]
 
 
 def test_compression_shows_ranks_and_errors(documents: list[Found], results: Path) -> None:
@@ -95,7 +98,7 @@ def test_compression_shows_ranks_and_errors(documents: list[Found], results: Pat
     assert cells[0, 1] == pytest.approx((first["rank"] or 32) / 32)
     errors = {line.get_label(): line for line in depth.figure.axes[1].lines}
     assert len(errors) == 7
-    assert list(depth.figure.axes[1].lines[0].get_ydata()) == [
+    assert np.asarray(depth.figure.axes[1].lines[0].get_ydata()).tolist() == [
         row["relative_error"] for row in matrices if row["role"] == "q" and row["relative_error"] is not None
     ]
 

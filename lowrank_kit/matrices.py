@@ -157,6 +157,15 @@ def find_head(model: PreTrainedModel) -> Matrix:
     )
 
 
+def token_share(model: PreTrainedModel, matrix: Matrix) -> float:
+    """Share of the tokens that a matrix of a model sees: all, or those of an expert."""
+    if matrix.expert is None:
+        return 1.0
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return config.num_experts_per_tok / experts if experts else 1.0
+
+
 def embedding_names(model: nn.Module) -> list[str]:
     """Paths of the input and output embeddings, and of what is tied to one."""
     found = _embeddings(model)

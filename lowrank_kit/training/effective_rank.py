@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from lowrank_kit.errors import NonFiniteError
 from lowrank_kit.linalg.spectrum import effective_rank, singular_values_of_gram, stable_rank
-from lowrank_kit.matrices import Matrix, find_matrices
+from lowrank_kit.matrices import Matrix, find_matrices, token_share
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +73,6 @@ def training_flops(model: PreTrainedModel, matrices: Sequence[Matrix], tokens: i
         tokens: in a step.
     """
     return 6.0 * tokens * sum(math.prod(matrix.shape) * token_share(model, matrix) for matrix in matrices)
-
-
-def token_share(model: PreTrainedModel, matrix: Matrix) -> float:
-    """Share of the tokens that a matrix of a model sees: all, or those of an expert."""
-    if matrix.expert is None:
-        return 1.0
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    return config.num_experts_per_tok / experts if experts else 1.0
 
 
 @torch.no_grad()

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.device import available_memory, product_flops
 from lowrank_kit.errors import DoesNotFitError
-from lowrank_kit.matrices import Matrix, find_matrices
+from lowrank_kit.matrices import Matrix, find_matrices, token_share
 from lowrank_kit.optim.footprint import state_bytes, step_bytes, step_flops
 from lowrank_kit.optim.numuon import NuMuon
 from lowrank_kit.processes import num_processes
 from lowrank_kit.report.tables import amount, duration, time_class
-from lowrank_kit.training.effective_rank import token_share
 from lowrank_kit.training.settings import TrainSettings
 
 # Share of the speed of large products that a run reaches.

@@ -97,6 +97,13 @@ class Runner:
                 self.cache = None  # a pass begins with no cache in memory
             return timing
 
+    def cache_bytes(self) -> int:
+        """Of the cache that stays between passes; 0 eager, where each has its own."""
+        kept = [
+            getattr(layer, name, None) for layer in getattr(self.cache, "layers", []) for name in ("keys", "values")
+        ]
+        return sum(tensor.nbytes for tensor in kept if isinstance(tensor, Tensor))
+
     def _next(self, ids: Tensor, seen: int) -> Tensor:
         """The likeliest next tokens, [B], after ids [B, t] that follow `seen` tokens in the cache."""
         where = {"cache_position": torch.arange(seen, seen + ids.shape[1], device=ids.device)} if self.positions else {}

@@ -22,6 +22,7 @@ from lowrank_kit.device import return_fragments
 
 EAGER, COMPILED = "eager", "compiled"
 MODES = (EAGER, COMPILED)
+BACKEND = "inductor"
 # Graphs of CUDA calls, as transformers' own generate() has them.
 COMPILE_MODES = {"cuda": "reduce-overhead"}
 # Everything of every model in turn is compiled apart; past the limit of 8 torch falls back to eager and only warns.
@@ -72,7 +73,9 @@ class Runner:
         self.forward: Callable[..., Any] = model
         if mode == COMPILED:
             compile_mode = COMPILE_MODES.get(model.device.type, "default")
-            self.forward = torch.compile(model.__call__, dynamic=False, fullgraph=True, mode=compile_mode)
+            self.forward = torch.compile(
+                model.__call__, dynamic=False, fullgraph=True, backend=BACKEND, mode=compile_mode
+            )
 
     def __call__(self) -> Timing:
         """One pass, timed.

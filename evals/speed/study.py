@@ -1,0 +1,116 @@
+"""Speed and memory of dense models beside their compressed forms, by `lowrank bench`.
+
+    python evals/speed/study.py run                # small: two CPU cores, ten minutes
+    python evals/speed/study.py run --form full    # one GPU
+    python evals/speed/study.py table              # README's table
+
+The models have random weights, compressed with `plain`. Every run of config.yaml is stored when it is done, in
+results-DEVICE.json; one that is there with the same settings is not repeated, unless --again names its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lowrank_kit.compression.run import compress
+from lowrank_kit.compression.settings import CompressSettings
+from lowrank_kit.device import DTYPES, resolve_device
+from lowrank_kit.evaluation.bench import BenchSettings, bench
+from lowrank_kit.report.environment import environment
+from lowrank_kit.report.files import write_json
+from lowrank_kit.report.tables import amount, markdown_table
+from lowrank_kit.training.presets import model_config
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["run", "table"])
+    parser.add_argument("--form", choices=["small", "full"], default="small")
+    parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    parser.add_argument("--again", type=int, action="append", default=[], help="number of a run to repeat, from 0")
+    arguments = parser.parse_args()
+    config = yaml.safe_load(arguments.config.read_text())[arguments.form]
+    results = arguments.output / f"results-{config['device']}.json"
+    found: list[dict[str, Any]] = json.loads(results.read_text())["runs"] if results.exists() else []
+    if arguments.stage == "run":
+        resolve_device(config["device"])  # refused before any work
+        run_missing(config, found, results, arguments.again)
+    print(markdown_table(list(rows(found))))
+
+
+def run_missing(config: dict[str, Any], found: list[dict[str, Any]], results: Path, again: list[int]) -> None:
+    """Measure what is not there, each run stored when it is done."""
+    common = {key: value for key, value in config.items() if key not in ("runs", "presets")}
+    wanted = [{**common, "preset": preset, **run} for preset in config["presets"] for run in config["runs"]]
+    repeated = [wanted[number] for number in again]
+    kept = {json.dumps(run["config"]): run for run in found if run["config"] not in repeated}
+    with tempfile.TemporaryDirectory() as scratch:
+        for run in wanted:
+            key = json.dumps(run)
+            if key not in kept:
+                started = time.perf_counter()
+                measured = measure(run, Path(scratch) / run["preset"])
+                kept[key] = {"config": run, "seconds": time.perf_counter() - started, **measured}
+            found[:] = [kept[key] for key in map(json.dumps, wanted) if key in kept]
+            write_json(results, {"runs": found})
+
+
+def measure(run: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One run: the dense model and its compressed forms, made if they are not there, in turns."""
+    own = ("prompt", "new_tokens", "batches", "rounds", "compile", "threads")
+    settings = BenchSettings(**{name: run[name] for name in own if name in run} | {"batches": tuple(run["batches"])})
+    models = make_models(run, folder)
+    return bench(models, settings, device=run["device"], dtype=run["dtype"]) | {"environment": environment()}
+
+
+def make_models(run: dict[str, Any], folder: Path) -> list[str]:
+    """Folders of the dense model and of its compressed forms."""
+    dense = folder / "dense"
+    if not dense.exists():
+        torch.manual_seed(0)
+        context = run["prompt"] + run["new_tokens"]
+        config = model_config(run["preset"], vocab_size=run["vocabulary"], context=context)
+        AutoModelForCausalLM.from_config(config, dtype=DTYPES[run["dtype"]]).save_pretrained(dense)
+        for form in run["forms"]:
+            compress(dense, folder / form, CompressSettings(keep=run["keep"], objective="plain", form=form))
+    return [str(dense), *(str(folder / form) for form in run["forms"])]
+
+
+def rows(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The table: model x threads x batch x mode."""
+    for run in found:
+        models = {model["label"]: model for model in run["models"]}
+        for row in run["rows"]:
+            model = models[row["model"]]
+            shown = {"preset": run["config"]["preset"], "model": row["model"], "threads": run["threads"]}
+            shown |= {"batch": row["batch"], "mode": row["mode"]}
+            for phase in ("prefill", "decode"):
+                shown[f"{phase}, tokens/s"] = row[phase] and round(row[phase]["tokens_per_s"]["median"])
+                shown[f"{phase}, over dense"] = row[phase] and ratio(row[phase]["ratio"])
+                shown[f"{phase}, FLOPs"] = f"{model['flop_ratio'][phase]:.2f}"
+            shown["bytes"] = f"{model['byte_ratio']:.2f}"
+            shown["memory"] = row["peak_bytes"] and amount(row["peak_bytes"])
+            yield shown
+
+
+def ratio(spread: dict[str, float] | None) -> str | None:
+    """Median (least to largest)."""
+    return spread and f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """Speed and memory of dense models beside their compressed forms, by `lowrank bench`.
 
-    python evals/speed/study.py run                # small: two CPU cores, ten minutes
-    python evals/speed/study.py run --form full    # one GPU
-    python evals/speed/study.py table              # README's table
+    python evals/speed/measure.py run                # small: two CPU cores, ten minutes
+    python evals/speed/measure.py run --form full    # one GPU
+    python evals/speed/measure.py table              # README's table
 
 The models have random weights, compressed with `plain`. Every run of config.yaml is stored when it is done, in
 results-DEVICE.json; one that is there with the same settings is not repeated, unless --again names its number.
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
 from lowrank_kit.device import DTYPES, resolve_device
+from lowrank_kit.errors import UsageError
 from lowrank_kit.evaluation.bench import BenchSettings, bench
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
@@ -47,7 +48,10 @@ def main() -> None:
     results = arguments.output / f"results-{config['device']}.json"
     found: list[dict[str, Any]] = json.loads(results.read_text())["runs"] if results.exists() else []
     if arguments.stage == "run":
-        resolve_device(config["device"])  # refused before any work
+        try:
+            resolve_device(config["device"])  # before any work
+        except UsageError as error:
+            raise SystemExit(f"error: {error}") from None
         run_missing(config, found, results, arguments.again)
     print(markdown_table(list(rows(found))))
 
@@ -109,7 +113,7 @@ def rows(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def ratio(spread: dict[str, float] | None) -> str | None:
     """Median (least to largest)."""
-    return spread and f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+    return None if spread is None else f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     parser.add_argument("--again", type=int, action="append", default=[], help="number of a run to repeat, from 0")
     arguments = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("lowrank_kit.evaluation").setLevel(logging.INFO)  # which model, batch and mode
     config = yaml.safe_load(arguments.config.read_text())[arguments.form]
     results = arguments.output / f"results-{config['device']}.json"
     found: list[dict[str, Any]] = json.loads(results.read_text())["runs"] if results.exists() else []

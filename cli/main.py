@@ -29,7 +29,7 @@ VERBS = {
     "analyze": Verb("analyze", "Measure the singular values of every matrix of a model."),
     "compress": Verb("compress", "Factorize a model's matrices to a target size."),
     "eval": Verb("eval", "Score models, dense or compressed, side by side."),
-    "bench": Verb("bench", "Measure speed and memory of models side by side."),
+    "bench": Verb("bench", "Measure speed and memory of models, dense or compressed, side by side."),
     "scale": Verb("scale", "Take settings tuned on a small model to a wide and deep one."),
     "report": Verb("report", "Put results side by side, in one HTML page."),
     "quickstart": Verb("quickstart", "Train, analyze, compress and score small models, start to end."),

@@ -4,8 +4,8 @@
     python evals/speed/measure.py run --form full    # one GPU
     python evals/speed/measure.py table              # README's table
 
-The models have random weights, compressed with `plain`. Every run of config.yaml is stored when it is done, in
-results-DEVICE.json; one that is there with the same settings is not repeated, unless --again names its number.
+The models have random weights, compressed with `plain`. Every batch size of a run of config.yaml is stored when it is
+done, in results-DEVICE.json; what is there with the same settings is not repeated, unless --again names its number.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--form", choices=["small", "full"], default="small")
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
-    parser.add_argument("--again", type=int, action="append", default=[], help="number of a run to repeat, from 0")
+    parser.add_argument("--again", type=int, action="append", default=[], help="number of what to repeat, from 0")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("lowrank_kit.evaluation").setLevel(logging.INFO)  # which model, batch and mode
@@ -60,9 +60,14 @@ def main() -> None:
 
 
 def run_missing(config: dict[str, Any], found: list[dict[str, Any]], results: Path, again: list[int]) -> None:
-    """Measure what is not there, each run stored when it is done."""
+    """Measure what is not there, each batch size stored when it is done."""
     common = {key: value for key, value in config.items() if key not in ("runs", "presets")}
-    wanted = [{**common, "preset": preset, **run} for preset in config["presets"] for run in config["runs"]]
+    wanted = [
+        {**common, "preset": preset, **run, "batches": [batch]}
+        for preset in config["presets"]
+        for run in config["runs"]
+        for batch in run["batches"]
+    ]
     repeated = [wanted[number] for number in again]
     kept = {json.dumps(run["config"]): run for run in found if run["config"] not in repeated}
     with tempfile.TemporaryDirectory() as scratch:

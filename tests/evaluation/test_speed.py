@@ -176,9 +176,14 @@ def test_the_document(folders: dict[str, Path]) -> None:
 
 
 def test_the_threads_are_put_back(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    before, seen = torch.get_num_threads(), []
-    real = Runner.__call__
-    monkeypatch.setattr(Runner, "__call__", lambda self: (seen.append(torch.get_num_threads()), real(self))[1])
+    before, real = torch.get_num_threads(), Runner.__call__
+    seen: list[int] = []
+
+    def noted(self: Runner) -> Timing:
+        seen.append(torch.get_num_threads())
+        return real(self)
+
+    monkeypatch.setattr(Runner, "__call__", noted)
     settings = BenchSettings(prompt=2, new_tokens=2, batches=(1,), rounds=1, threads=2)
     assert bench([str(folders["dense"])], settings, device="cpu")["threads"] == 2
     assert set(seen) == {2}

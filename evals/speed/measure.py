@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--form", choices=["small", "full"], default="small")
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    parser.add_argument("--models", type=Path, help="folder that keeps the models for the next time")
     parser.add_argument("--again", type=int, action="append", default=[], help="number of what to repeat, from 0")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
@@ -55,11 +57,13 @@ def main() -> None:
             resolve_device(config["device"])  # before any work
         except UsageError as error:
             raise SystemExit(f"error: {error}") from None
-        run_missing(config, found, results, arguments.again)
+        run_missing(config, found, results, arguments.again, arguments.models)
     print(markdown_table(list(rows(found))))
 
 
-def run_missing(config: dict[str, Any], found: list[dict[str, Any]], results: Path, again: list[int]) -> None:
+def run_missing(
+    config: dict[str, Any], found: list[dict[str, Any]], results: Path, again: list[int], models: Path | None
+) -> None:
     """Measure what is not there, each batch size stored when it is done."""
     common = {key: value for key, value in config.items() if key not in ("runs", "presets")}
     wanted = [
@@ -75,7 +79,7 @@ def run_missing(config: dict[str, Any], found: list[dict[str, Any]], results: Pa
             key = json.dumps(run)
             if key not in kept:
                 started = time.perf_counter()
-                measured = measure(run, Path(scratch) / run["preset"])
+                measured = measure(run, (models or Path(scratch)) / run["preset"])
                 kept[key] = {"config": run, "seconds": time.perf_counter() - started, **measured}
             found[:] = [kept[key] for key in map(json.dumps, wanted) if key in kept]
             write_json(results, {"runs": found})
@@ -92,7 +96,8 @@ def measure(run: dict[str, Any], folder: Path) -> dict[str, Any]:
 def make_models(run: dict[str, Any], folder: Path) -> list[str]:
     """Folders of the dense model and of its compressed forms."""
     dense = folder / "dense"
-    if not dense.exists():
+    if not all((folder / name).exists() for name in ("dense", *run["forms"])):
+        shutil.rmtree(folder, ignore_errors=True)
         torch.manual_seed(0)
         context = run["prompt"] + run["new_tokens"]
         config = model_config(run["preset"], vocab_size=run["vocabulary"], context=context)

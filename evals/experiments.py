@@ -179,7 +179,7 @@ class Experiment:
             "settings": self.settings,
             "seeds": self.settings.get("seeds", [0]),
             "data": json.loads((self.work / "experiment.json").read_text())["data"],
-            "step_seconds": round(sum(one["seconds"] for one in done.values()), 1),
+            "wall_seconds": round(sum(one["seconds"] for one in done.values()), 1),
             **self.study.results(self.settings, {name: one["result"] for name, one in done.items()}),
         }
         write_json(self.folder / FORMS[self.form], document)

@@ -60,23 +60,12 @@ def make_results(top: Path) -> Path:
     models = [model, str(folder / "keep-0.8"), str(folder / "keep-0.5")]
     scored = _call("eval", *models, "--blocks", "8", *blocks, "--reference", model, "--json")
     (folder / "eval.json").write_text(scored)
+    few = ["--prompt", "4", "--new-tokens", "2", "--batch", "1,2", "--rounds", "2"]
+    (folder / "bench.json").write_text(_call("bench", *models, *few, "--json"))
     sizes = ["--widths", "32,64", "--depths", "1", "--steps", "2"]
     _call("scale", "check", *sizes, *source, "-o", str(folder / "check"))
-    sweep = [
-        "--widths",
-        "64",
-        "--lrs",
-        "-8:-5",
-        "--seeds",
-        "1",
-        "--steps",
-        "3",
-        "--optimizer",
-        "adamw",
-        "--control-seeds",
-        "0",
-    ]
-    _call("scale", "sweep", *shape, *sweep, *source, *blocks, "-o", str(folder / "sweep"))
+    sweep = ["--widths", "64", "--lrs", "-8:-5", "--seeds", "1", "--steps", "3", "--control-seeds", "0"]
+    _call("scale", "sweep", *shape, *sweep, "--optimizer", "adamw", *source, *blocks, "-o", str(folder / "sweep"))
     (folder / "study").mkdir()
     (folder / "study" / "results.json").write_text(json.dumps(EXPERIMENT))
     return folder

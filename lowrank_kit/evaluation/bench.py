@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,6 +156,23 @@ def bench(
             "models": [_described(each, contenders[0], settings) for each in contenders],
             "rows": [_row(cell, cells, settings) for cell in cells],
         }
+
+
+def flat_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of a document of `bench`: a row of plain numbers for each model, batch size and mode."""
+    models = {model["label"]: model for model in document["models"]}
+    rows = []
+    for row in document["rows"]:
+        shown = {"model": row["model"], "threads": document["threads"], "batch": row["batch"], "mode": row["mode"]}
+        for phase in PHASES:
+            timed = row[phase] or {"tokens_per_s": {}, "ratio": None}
+            shown[f"{phase} tokens/s"] = timed["tokens_per_s"].get("median")
+            for name, key in (("over first", "median"), ("least", "min"), ("largest", "max")):
+                shown[f"{phase} {name}"] = (timed["ratio"] or {}).get(key)
+            shown[f"{phase} FLOPs"] = models[row["model"]]["flop_ratio"][phase]
+        shown["bytes over first"] = models[row["model"]]["byte_ratio"]
+        rows.append({**shown, "peak bytes": row["peak_bytes"], "error": row["error"]})
+    return rows
 
 
 def load(

@@ -13,6 +13,7 @@ from lowrank_kit.summary.find import Found, reading
 from lowrank_kit.summary.models import Models, overview
 from lowrank_kit.summary.scaling import scaling_parts
 from lowrank_kit.summary.spectra import spectra_parts
+from lowrank_kit.summary.speed import speed_parts
 from lowrank_kit.summary.training import training_section
 
 # Kind of documents -> heading of their section, and what stands in it for each.
@@ -20,6 +21,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Found], list[Part]]]] = {
     "experiment": ("Experiments", experiment_parts),
     "spectra": ("Spectra", spectra_parts),
     "compression": ("Compression", compression_parts),
+    "bench": ("Speed", speed_parts),
     "check": ("Scale: checks", scaling_parts),
     "sweep": ("Scale: loss against the learning rate", scaling_parts),
 }

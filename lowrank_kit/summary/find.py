@@ -27,13 +27,15 @@ SIGNS: Mapping[str, frozenset[str]] = {
     "check": frozenset({"checks", "passed", "settings"}),
     "sweep": frozenset({"cells", "settings"}),
     "quickstart": frozenset({"models", "size", "corpus_sha256"}),
+    "bench": frozenset({"models", "rows", "memory_measured", "threads"}),
     "eval": frozenset({"models", "settings"}),
 }
 NAMES = {f"{kind}.json": kind for kind in ("run", "compression", "spectra", "check", "sweep")}
 # Of a checkpoint, and large.
 _OTHERS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
 _WHAT = (
-    "what lowrank train, analyze, compress and scale write, lowrank eval --json > FILE.json, or an experiment's results"
+    "what lowrank train, analyze, compress and scale write, lowrank eval or bench --json > FILE.json, or an "
+    "experiment's results"
 )
 
 

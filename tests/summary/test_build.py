@@ -19,6 +19,7 @@ from lowrank_kit.summary.find import Found, find_documents
 from lowrank_kit.summary.models import Models, overview
 from lowrank_kit.summary.scaling import scaling_parts
 from lowrank_kit.summary.spectra import spectra_parts
+from lowrank_kit.summary.speed import speed_parts
 from lowrank_kit.summary.training import training_section
 from tests.results import DENSE, make_results
 
@@ -39,8 +40,22 @@ def of(documents: list[Found], kind: str) -> list[Found]:
 
 def test_all_kinds_are_found(documents: list[Found]) -> None:
     assert sorted(one.kind for one in documents) == sorted(
-        ["run", "spectra", "compression", "compression", "eval", "check", "sweep", "experiment"]
+        ["run", "spectra", "compression", "compression", "eval", "bench", "check", "sweep", "experiment"]
     )
+
+
+def test_speed_has_a_row_for_each_model_and_batch(documents: list[Found]) -> None:
+    (one,) = of(documents, "bench")
+    _, table = speed_parts(one)
+    assert isinstance(table, Table)
+    rows: list[Any] = list(table.rows)
+    assert [(row["model"], row["batch"]) for row in rows] == [
+        (model["label"], batch) for batch in (1, 2) for model in one.document["models"]
+    ]
+    for row, measured in zip(rows, one.document["rows"], strict=True):
+        assert row["decode tokens/s"] == measured["decode"]["tokens_per_s"]["median"]
+        assert row["prefill largest"] == (measured["prefill"]["ratio"] or {}).get("max")
+        assert (row["prefill FLOPs"] < 1) == (row["model"] != one.document["models"][0]["label"])
 
 
 def test_models_have_a_row_for_each_text(documents: list[Found], results: Path) -> None:

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from lowrank_kit.errors import LowRankError, UsageError, did_you_mean
 from lowrank_kit.report.environment import environment
-from lowrank_kit.report.files import write_json, write_png, write_text
+from lowrank_kit.report.files import new_folder, write_json, write_png, write_text
 
 SCHEMA = "lowrank-experiment/1"
 HERE = Path(__file__).parent
@@ -81,7 +82,8 @@ class Experiment:
     data: dict[str, Path]
     study: ModuleType
     work: Path
-    folder: Path = field(default=HERE)
+    folder: Path
+    files: dict[str, list[Path]] = field(default_factory=dict)  # of data that is several, to be put in one folder
 
     @property
     def steps(self) -> list[Step]:
@@ -109,11 +111,17 @@ class Experiment:
         Raises:
             UsageError: it is not; what differs is told.
         """
+        (self.work / "steps").mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / ".data.lock"):
+            for name, files in self.files.items():
+                if not self.data[name].exists():
+                    with new_folder(self.data[name]) as made:
+                        for file in files:
+                            shutil.copy(file, made)
         versions = {package: environment()[package] for package in _SAME}
         of = {"schema": SCHEMA, "name": self.name, "form": self.form, "settings": self.settings}
         of |= {"data": {name: sha256(path) for name, path in self.data.items()}, "packages": versions}
         file = self.work / "experiment.json"
-        (self.work / "steps").mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / ".lock"):
             if not file.exists():
                 write_json(file, of)
@@ -218,8 +226,14 @@ def load(name: str, form: str, work: Path, folder: Path | None = None) -> Experi
     if form == "full":
         _want_gpu(name)
     settings = dict(config[form])
-    data = {key: _data_file(key, value) for key, value in settings.pop("data", {}).items()}
-    return Experiment(name, form, settings, data, study_of(folder), work / name / form, folder)
+    work = work / name / form
+    data, files = {}, {}
+    for key, value in settings.pop("data", {}).items():
+        if isinstance(value, list):
+            data[key], files[key] = work / "data" / key, [_data_file(key, one) for one in value]
+        else:
+            data[key] = _data_file(key, value)
+    return Experiment(name, form, settings, data, study_of(folder), work, folder, files)
 
 
 def read_results(path: Path) -> dict[str, Any]:

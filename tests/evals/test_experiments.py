@@ -19,7 +19,7 @@ import experiments  # noqa: E402
 
 CONFIG = """
 small:
-  data: {text: $FOR_A_TEST/text.txt}
+  data: {text: $FOR_A_TEST/text.txt, both: [$FOR_A_TEST/text.txt, $FOR_A_TEST/other.txt]}
   numbers: [1, 2, 3]
   seeds: [0, 1]
 full: {numbers: []}
@@ -64,6 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (made / f"{made.name}_study.py").write_text(STUDY)
     (made / "README.md").write_text("Before\n\n<!-- results -->\nold\n<!-- /results -->\n\nAfter\n")
     (tmp_path / "text.txt").write_text("")
+    (tmp_path / "other.txt").write_text("other")
     monkeypatch.setenv("FOR_A_TEST", str(tmp_path))
     return made
 
@@ -85,6 +86,7 @@ def test_what_is_missing_is_run_and_gathered(folder: Path) -> None:
     again = of(folder)
     again.begin()
     assert again.run()
+    assert sorted(path.name for path in again.data["both"].iterdir()) == ["other.txt", "text.txt"]
     assert (experiment.work / "ran").read_text() == "1 2 2 3 "
     document = again.gather()
     found = experiments.read_results(folder / "results.json")

@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 FORMS = {"small": "results.json", "full": "results-full.json"}
 # Packages that another version of may give other numbers; commits are recorded by step, and may differ.
 _SAME = ("torch", "transformers", "lm-eval")
-_MARKED = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+_MARKED = re.compile(r"<!-- results -->.*?<!-- /results -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,9 @@ class Experiment:
         for name, figure in self.study.pictures(document).items():
             write_png(self.folder / f"{name}.png", figure)
         readme = self.folder / "README.md"
-        tables = f"\\1\n{self.study.tables(document)}\n\n\\2"
         if self.form == "small" and readme.exists():
-            write_text(readme, _MARKED.sub(tables, readme.read_text()))
+            tables = f"<!-- results -->\n\n{self.study.tables(document)}\n\n<!-- /results -->"
+            write_text(readme, _MARKED.sub(lambda _: tables, readme.read_text()))
 
 
 def names() -> list[str]:

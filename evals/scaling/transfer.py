@@ -159,6 +159,23 @@ def tables(folder: Path) -> None:
             write_png(folder / f"{sweep.path.stem}.png", draw(sweep, name))
         document["studies"].append(study)
     write_json(RESULTS, document)
+    print(f"\nThe largest size of each\n\n{markdown_table([_largest(study) for study in document['studies']])}")
+
+
+def _largest(study: dict[str, Any]) -> dict[str, Any]:
+    """What a study found for its largest size, rule by rule, and how many sizes pass under muP."""
+    rows = study.get("rows", [])
+    sizes = [row for row in rows if row["rule"] == MUP and row["verdict"] != "base"]
+    found: dict[str, Any] = {"study": study["name"], "base": None, "size": None}
+    for rule, label in ((MUP, "muP"), ("k1", "k1"), ("sp", "plain")):
+        of = [row for row in rows if row["rule"] == rule]
+        last = max(of, key=lambda row: (row["width"], row["depth"]), default=None)
+        if last is not None and rule == MUP:
+            base = next((row for row in of if row["verdict"] == "base"), of[0])
+            found["base"], found["size"] = base["loss"], shown(Size(last["width"], last["depth"]))
+        found[f"{label}: loss"] = last and last["loss"]
+        found[f"{label}: shift, regret"] = last and f"{last['shift']:.2f}, {last['regret']:.3f}"
+    return {**found, "muP passes": f"{sum(row['verdict'] == 'PASS' for row in sizes)} of {len(sizes)}"}
 
 
 def _whole(sweep: Sweep, seed: int, rules: tuple[str, ...]) -> bool:

@@ -16,6 +16,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json, write_png
 from lowrank_kit.report.tables import markdown_table
 from lowrank_kit.scaling.family import Size
+from lowrank_kit.scaling.optimum import MOST_REGRET, MOST_SHIFT
 from lowrank_kit.scaling.trainer import SizeTrainer
-from lowrank_kit.scaling.transfer import CONTROLS, MUP, Cell, Grid, Sweep, shown
+from lowrank_kit.scaling.transfer import CONTROLS, MUP, RULES, Cell, Grid, Sweep, shown
 from lowrank_kit.scaling.trial import TrialSettings
 
 HERE = Path(__file__).parent
@@ -44,6 +46,8 @@ WIDTHS, DEPTHS = (32, 64, 128, 256), (4, 16, 64)
 EMBEDDING_STD = 0.5
 # Optimizer -> least log2 of its learning rates; half as large without norms, where training diverges earlier.
 LEAST_RATES, RATES = {"muon": -9, "numuon": -9, "adamw": -11}, 8
+# So many more where a deep model was best at the last: trained later, each rate being a run of its own.
+FURTHER = {("depth", False, "adamw"): 2}
 # The most telling first: what is varied, with norms or without, and the optimizer.
 STUDIES = [
     ("depth", False, "muon"),
@@ -90,7 +94,8 @@ def sweep_of(folder: Path, axis: str, norms: bool, optimizer: str, *seeds: tuple
     size = Size(config(axis).hidden_size, config(axis).num_hidden_layers)
     widths, depths = (WIDTHS, ()) if axis == "width" else ((), DEPTHS)
     least = LEAST_RATES[optimizer] - (not norms)
-    rates = tuple(float(least + i) for i in range(RATES))
+    count = RATES + FURTHER.get((axis, norms, optimizer), 0)
+    rates = tuple(float(least + i) for i in range(count))
     ours, theirs = seeds or (SEEDS, CONTROL_SEEDS)
     grid = Grid(size, widths, depths, rates, ours, control_seeds=theirs)
     fixed = {"vocabulary": VOCABULARY, "block_tokens": TOKENS, "text_bytes": BYTES, "norms": norms}
@@ -163,19 +168,31 @@ def tables(folder: Path) -> None:
 
 
 def _largest(study: dict[str, Any]) -> dict[str, Any]:
-    """What a study found for its largest size, rule by rule, and how many sizes pass under muP."""
-    rows = study.get("rows", [])
-    sizes = [row for row in rows if row["rule"] == MUP and row["verdict"] != "base"]
-    found: dict[str, Any] = {"study": study["name"], "base": None, "size": None}
-    for rule, label in ((MUP, "muP"), ("k1", "k1"), ("sp", "plain")):
-        of = [row for row in rows if row["rule"] == rule]
-        last = max(of, key=lambda row: (row["width"], row["depth"]), default=None)
-        if last is not None and rule == MUP:
-            base = next((row for row in of if row["verdict"] == "base"), of[0])
-            found["base"], found["size"] = base["loss"], shown(Size(last["width"], last["depth"]))
-        found[f"{label}: loss"] = last and last["loss"]
-        found[f"{label}: shift, regret"] = last and f"{last['shift']:.2f}, {last['regret']:.3f}"
-    return {**found, "muP passes": f"{sum(row['verdict'] == 'PASS' for row in sizes)} of {len(sizes)}"}
+    """What a study found for its largest size: under muP with the worst seed, and beside it."""
+    last = {
+        rule: max((row for row in study.get("rows", []) if row["rule"] == rule), key=itemgetter("width", "depth"))
+        for rule in RULES
+        if any(row["rule"] == rule for row in study.get("rows", []))
+    }
+    found: dict[str, Any] = {"study": study["name"]}
+    if MUP in last:
+        row, base = last[MUP], next(row for row in study["rows"] if row["verdict"] == "base")
+        found["base"], found["size"] = f"{base['loss']:.2f}", f"{row['loss']:.2f}"
+        for key, bound, digits in (("shift", MOST_SHIFT, 2), ("regret", MOST_REGRET, 3)):
+            value = f"{row[key]:.{digits}f}"
+            found[key] = f"{value if row[key] <= bound else f'**{value}**'} (worst {row[f'worst {key}']:.{digits}f})"
+    for rule, label in (("k1", "k1"), ("sp", "plain")):
+        found[label] = None if rule not in last else _beside(last[rule])
+    return found
+
+
+def _beside(row: dict[str, Any]) -> str:
+    """Loss, shift and regret of a control."""
+    if row["loss"] is None or row["loss"] > 10:
+        return "does not train"
+    return (
+        f"{row['loss']:.2f}, {row['shift']:.2f}, {'diverges' if row['regret'] > 10 else format(row['regret'], '.3f')}"
+    )
 
 
 def _whole(sweep: Sweep, seed: int, rules: tuple[str, ...]) -> bool:

@@ -19,6 +19,7 @@ DRIVER = shutil.which("chromedriver")
 if CHROMIUM is None or DRIVER is None:
     pytest.skip("no Chromium with its chromedriver is installed", allow_module_level=True)
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[test]'")
+wait = pytest.importorskip("selenium.webdriver.support.wait")
 
 FLAGS = (
     "--headless=new",
@@ -56,8 +57,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def opened(browser: Any, page: Path) -> Any:
     """The page just opened, as wide as a desk's screen."""
     _wide(browser, 1280)
-    browser.get(page.as_uri())
+    browser.get("about:blank")
+    _open(browser, page)
     return browser
+
+
+def _open(browser: Any, page: Path) -> None:
+    """All of it: on a slow machine the driver is done before the page is read to its end."""
+    browser.get(page.as_uri())
+    whole = "return document.readyState === 'complete' && location.href === arguments[0]"
+    wait.WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(whole, page.as_uri()))
 
 
 def _wide(browser: Any, width: int) -> None:
@@ -68,7 +77,7 @@ def _wide(browser: Any, width: int) -> None:
 def test_nothing_is_asked_for_and_nothing_is_complained_of(browser: Any, page: Path) -> None:
     for kind in ("browser", "performance"):
         browser.get_log(kind)
-    browser.get(page.as_uri())
+    _open(browser, page)
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert page.as_uri() in asked

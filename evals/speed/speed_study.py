@@ -59,7 +59,8 @@ def measure(preset: str, run: Mapping[str, Any], batch: int, place: Place) -> di
     own = ("prompt", "new_tokens", "rounds", "compile", "threads")
     chosen = BenchSettings(**{name: run[name] for name in own if name in run}, batches=(batch,))
     models = [str(place.work / preset / name) for name in ("dense", *place.settings["forms"])]
-    return bench(models, chosen, device=place.settings["device"], dtype=place.settings["dtype"])
+    found = bench(models, chosen, device=place.settings["device"], dtype=place.settings["dtype"])
+    return found | {"models": [model | {"model": model["label"]} for model in found["models"]]}  # wherever they lay
 
 
 def results(settings: Mapping[str, Any], done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

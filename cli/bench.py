@@ -69,12 +69,12 @@ def command(
 
 def bench_text(document: dict[str, Any]) -> str:
     """The table of a bench, at most 120 wide, what was not measured, and what its columns are."""
+    from lowrank_kit.evaluation.bench import flat_rows
     from lowrank_kit.report.tables import text_table
 
-    rows = document["rows"]
+    rows = flat_rows(document)
     notes = [f"{row['model']}, batch {row['batch']}, {row['mode']}: {row['error']}" for row in rows if row["error"]]
-    models = {model["label"]: model for model in document["models"]}
-    table = text_table([_flat(row, models[row["model"]]) for row in rows])
+    table = text_table([_shown(row) for row in rows])
     settings, measured = document["settings"], document["memory_measured"]
     legend = [
         f"prompts of {settings['prompt']} tokens, {settings['new_tokens']} new ones; {settings['rounds']} rounds on "
@@ -86,24 +86,19 @@ def bench_text(document: dict[str, Any]) -> str:
     return "\n".join([table, "", *notes, *legend])
 
 
-def _flat(row: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
     from lowrank_kit.report.tables import amount
 
-    label, flops = row["model"], model["flop_ratio"]
+    label = row["model"]
     shown: dict[str, Any] = {
         "model": label if len(label) <= LONGEST_LABEL else f"…{label[1 - LONGEST_LABEL :]}",
         "batch": row["batch"],
         "mode": row["mode"],
     }
     for phase in ("prefill", "decode"):
-        found = row[phase] or {}
-        shown[f"{phase}/s"] = found["tokens_per_s"]["median"] if found else None
-        shown[f"speed{' ' * (phase == 'decode')}"] = ratio_text(found.get("ratio"))
-    shown["FLOPs"] = f"{flops['prefill']:.2f} / {flops['decode']:.2f}"
-    shown["bytes"] = f"{model['byte_ratio']:.2f}"
-    return shown | {"memory": None if row["peak_bytes"] is None else amount(row["peak_bytes"])}
-
-
-def ratio_text(ratio: dict[str, float] | None) -> str | None:
-    """Median (least to largest)."""
-    return None if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        ratio = [row[f"{phase} {of}"] for of in ("over first", "least", "largest")]
+        shown[f"{phase}/s"] = row[f"{phase} tokens/s"]
+        shown[f"speed{' ' * (phase == 'decode')}"] = None if None in ratio else "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
+    shown["FLOPs"] = f"{row['prefill FLOPs']:.2f} / {row['decode FLOPs']:.2f}"
+    shown["bytes"] = f"{row['bytes over first']:.2f}"
+    return shown | {"memory": None if row["peak bytes"] is None else amount(row["peak bytes"])}

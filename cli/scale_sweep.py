@@ -95,13 +95,12 @@ def command(
         raise UsageError(f"nothing to resume in {output}: it has no {RESULTS}", hint="leave out --resume to start")
     from lowrank_kit.scaling.family import Size
     from lowrank_kit.scaling.sizes import depth_of, width_of
-    from lowrank_kit.scaling.transfer import CONTROLS, MUP, Grid
+    from lowrank_kit.scaling.transfer import Grid
 
     config, blocks = _base(model_config, **training)
     base = Size(width_of(config), depth_of(config))
-    rules = (MUP, *CONTROLS) if control_seeds else (MUP,)
     controlled = tuple(range(min(control_seeds, seeds)))
-    grid = Grid(base, widths or (), depths or (), lrs, tuple(range(seeds)), rules, controlled)
+    grid = Grid(base, widths or (), depths or (), lrs, tuple(range(seeds)), control_seeds=controlled)
     try:
         sweep = _run(grid, output, config, blocks, verbosity, **training)
     except KeyboardInterrupt as stop:

@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
+from lowrank_kit.config import settings_difference
 from lowrank_kit.errors import LowRankError, UsageError, did_you_mean
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import new_folder, write_json, write_png, write_text
@@ -45,7 +47,7 @@ class Step:
     Args:
         name: of the step, and of its file.
         run: what is done, the result as JSON can hold it.
-        needs: steps whose results, or folders, it reads.
+        needs: steps whose folders it reads.
     """
 
     name: str
@@ -61,14 +63,12 @@ class Place:
         work: folder of the experiment's form; a step may keep folders there, which an interrupted one finds again.
         settings: of the form.
         data: name -> file.
-        results: of the steps that are done.
         deadline: when the step should end, by `time.monotonic`; None if there is no hurry.
     """
 
     work: Path
     settings: Mapping[str, Any]
     data: Mapping[str, Path]
-    results: Callable[[str], dict[str, Any]]
     deadline: float | None = None
 
 
@@ -89,10 +89,6 @@ class Experiment:
     def steps(self) -> list[Step]:
         """In the order they are to be run."""
         return list(self.study.steps(self.settings))
-
-    def result(self, name: str) -> dict[str, Any]:
-        """What a finished step gave."""
-        return dict(json.loads(self._file(name).read_text())["result"])
 
     def is_done(self, name: str) -> bool:
         """Whether its result is there."""
@@ -126,9 +122,7 @@ class Experiment:
             if not file.exists():
                 write_json(file, of)
                 return
-        there = json.loads(file.read_text())
-        different = [_difference(key, there.get(key), value) for key, value in of.items() if there.get(key) != value]
-        if different:
+        if different := settings_difference(_flat(json.loads(file.read_text())), _flat({"schema_version": 1, **of})):
             raise UsageError(
                 f"{self.work} holds steps of another run: {'; '.join(different)}",
                 hint="give another --work folder, or remove that one",
@@ -140,7 +134,7 @@ class Experiment:
         Raises:
             LowRankError: what a step raises.
         """
-        place = Place(self.work, self.settings, self.data, self.result, deadline)
+        place = Place(self.work, self.settings, self.data, deadline)
         for step in self.steps:
             if deadline is not None and time.monotonic() > deadline:
                 return False
@@ -280,12 +274,12 @@ def study_of(folder: Path) -> ModuleType:
     return importlib.import_module(f"{folder.name}_study")
 
 
-def _difference(key: str, there: Any, here: Any) -> str:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for name in [*here, *there]:
-            if there.get(name) != here.get(name):
-                return _difference(f"{key}.{name}", there.get(name), here.get(name))
-    return f"{key} was {json.dumps(there)}, is {json.dumps(here)}"
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    """{"settings": {"steps": 3}} -> {"settings.steps": 3}."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def sha256(path: Path) -> str:
@@ -313,6 +307,4 @@ def terminated_at(deadline: float | None) -> Iterator[None]:
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and standard deviation over seeds (0 for one)."""
-    mean = sum(values) / len(values)
-    spread = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-    return mean, spread
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0

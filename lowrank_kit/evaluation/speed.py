@@ -109,9 +109,12 @@ class Runner:
 
     def _next(self, ids: Tensor, seen: int) -> Tensor:
         """The likeliest next tokens, [B], after ids [B, t] that follow `seen` tokens in the cache."""
-        where = {"cache_position": torch.arange(seen, seen + ids.shape[1], device=ids.device)} if self.positions else {}
-        output = self.forward(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.last, **where)
+        output = self.forward(**self._inputs(ids, seen), **self.last)
         return output.logits[:, -1].argmax(dim=-1)
+
+    def _inputs(self, ids: Tensor, seen: int) -> dict[str, Any]:
+        where = {"cache_position": torch.arange(seen, seen + ids.shape[1], device=ids.device)} if self.positions else {}
+        return {"input_ids": ids, "past_key_values": self.cache, "use_cache": True, **where}
 
     def _new_cache(self) -> None:
         if self.mode == EAGER:
@@ -122,11 +125,8 @@ class Runner:
             length = self.prompt.shape[1] + self.new_tokens
             self.cache = StaticCache(config=self.model.config, max_cache_len=length)
             # Its tensors are made by the first forward pass, which must not be a compiled one.
-            self.model(input_ids=self.prompt[:, :1], past_key_values=self.cache, use_cache=True, **self._first())
+            self.model(**self._inputs(self.prompt[:, :1], 0))
             self.cache.reset()
-
-    def _first(self) -> dict[str, Tensor]:
-        return {"cache_position": torch.zeros(1, dtype=torch.long, device=self.prompt.device)} if self.positions else {}
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:

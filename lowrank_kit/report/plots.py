@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -136,6 +137,14 @@ def heatmap_plot(
         bar = figure.colorbar(image, ax=axes, label=label, aspect=18, pad=0.02)
         bar.outline.set_visible(False)
     return figure
+
+
+def place_means(numbers: Iterable[tuple[str, int | None, float]]) -> dict[tuple[str, str], float]:
+    """(role, block), as `places_plot` takes them -> the mean of the numbers there, such as those of experts."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for role, block, number in numbers:
+        found[role, "-" if block is None else str(block)].append(number)
+    return {place: sum(here) / len(here) for place, here in found.items()}
 
 
 def places_plot(places: Mapping[tuple[str, str], float], *, title: str, label: str, **options: Any) -> Figure:

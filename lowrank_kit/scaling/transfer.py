@@ -89,8 +89,8 @@ class Grid:
         return sorted({*(widths if name == "width" else depths)} - {self.base})
 
     def rules_of(self, axis: str) -> tuple[str, ...]:
-        """The rules that differ on an axis: k1 is another rule for the depth alone."""
-        return tuple(rule for rule in self.rules if axis == "depth" or rule != "k1")
+        """The rules with seeds that differ on an axis: k1 is another rule for the depth alone."""
+        return tuple(rule for rule in self.rules if self.seeds_of(rule) and (axis == "depth" or rule != "k1"))
 
     def seeds_of(self, rule: str) -> tuple[int, ...]:
         """Those that a rule is trained under."""
@@ -192,7 +192,7 @@ class Sweep:
         """
         seeds = self.grid.seeds_of(rule) if seed is None else (seed,)
         cells = [Cell(size, MUP if size == self.grid.base else rule, number) for number in seeds]
-        if not cells or not all(cell in self.records for cell in cells):
+        if not all(cell in self.records for cell in cells):
             return None
         values = [[math.inf if loss is None else loss for loss in self.records[cell]["losses"]] for cell in cells]
         found = np.array(values, dtype=float)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_kit.report.files import new_folder, write_csv, write_json, write_png
-from lowrank_kit.report.plots import decay_bands_plot, decay_plot, places_plot
+from lowrank_kit.report.plots import decay_bands_plot, decay_plot, place_means, places_plot
 from lowrank_kit.spectra.measure import Spectra
 
 EFFECTIVE_RANK = r"$e^H /\,\min(m, n)$, $H$ the entropy of $\sigma / \Sigma\sigma$"
@@ -65,10 +65,7 @@ def _curves(spectra: Spectra) -> dict[str, list[tuple[int | None, np.ndarray]]]:
 
 def _shares(spectra: Spectra) -> dict[tuple[str, str], float]:
     """(role, block) -> effective rank as a share of min(m, n), the mean over experts."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in spectra.rows:
-        found[row.role, "-" if row.block is None else str(row.block)].append(row.share("effective_rank"))
-    return {place: sum(shares) / len(shares) for place, shares in found.items()}
+    return place_means((row.role, row.block, row.share("effective_rank")) for row in spectra.rows)
 
 
 def _heatmap(title: str, shares: Mapping[tuple[str, str], float], *, diverging: bool = False) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from lowrank_kit.compression.record import role_rows, size_rows
 from lowrank_kit.report.lines import LinePanel, lines_plot
 from lowrank_kit.report.page import Fold, Part, Picture, Table, Text
-from lowrank_kit.report.plots import places_plot
+from lowrank_kit.report.plots import place_means, places_plot
 from lowrank_kit.summary.find import Found
 from lowrank_kit.summary.models import method_of
 
@@ -59,7 +59,8 @@ def _sentences(document: Mapping[str, Any]) -> list[str]:
 def _pictures(name: str, matrices: Matrices) -> list[Part]:
     title = f"Rank fractions of {name}"
     label = r"$r\,/\,\min(m, n)$, 1: dense"
-    figure = places_plot(_places(matrices, _fraction), title=title, label=label, limits=(0.0, 1.0))
+    fractions = place_means((row["role"], row["block"], _fraction(row)) for row in matrices)
+    figure = places_plot(fractions, title=title, label=label, limits=(0.0, 1.0))
     parts: list[Part] = [Picture(figure, f"{title}, rank as a share of min(m, n), by role and block; 1 is dense")]
     kept, errors = _through(matrices, "kept"), _through(matrices, "relative_error")
     panels = [LinePanel("Allocation", "block", "fraction of numbers kept", kept)] if kept else []
@@ -75,18 +76,10 @@ def _fraction(row: Mapping[str, Any]) -> float:
     return 1.0 if row["rank"] is None else float(row["rank"] / min(row["out"], row["in"]))
 
 
-def _places(matrices: Matrices, value: Any) -> dict[tuple[str, str], float]:
-    """(role, block) -> the mean of a number over experts."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in matrices:
-        found[row["role"], "-" if row["block"] is None else str(row["block"])].append(value(row))
-    return {place: sum(numbers) / len(numbers) for place, numbers in found.items()}
-
-
 def _through(matrices: Matrices, key: str) -> dict[str, list[tuple[float, float]]]:
     """Role -> (block, mean of a number), for matrices of a block that have it."""
-    known = [row for row in matrices if row.get(key) is not None and row["block"] is not None]
+    known = (row for row in matrices if row.get(key) is not None and row["block"] is not None)
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for (role, block), value in _places(known, lambda row: float(row[key])).items():
+    for (role, block), value in place_means((row["role"], row["block"], float(row[key])) for row in known).items():
         lines[role].append((float(block), value))
     return dict(lines)

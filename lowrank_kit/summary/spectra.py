@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_kit.report.page import Fold, Part, Picture, Table, Text
-from lowrank_kit.report.plots import decay_bands_plot, decay_plot, places_plot
+from lowrank_kit.report.plots import decay_bands_plot, decay_plot, place_means, places_plot
 from lowrank_kit.spectra.write import EFFECTIVE_RANK
 from lowrank_kit.summary.find import Found
 
@@ -96,8 +96,5 @@ def _lines(model: Mapping[str, Any], values: Mapping[str, Sequence[float]]) -> L
 
 def _shares(model: Mapping[str, Any]) -> Places:
     """(role, block) -> effective rank as a share of min(m, n), the mean over experts."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in model["matrices"]:
-        if row["effective_rank_share"] is not None:
-            found[row["role"], "-" if row["block"] is None else str(row["block"])].append(row["effective_rank_share"])
-    return {place: sum(shares) / len(shares) for place, shares in found.items()}
+    known = (row for row in model["matrices"] if row["effective_rank_share"] is not None)
+    return place_means((row["role"], row["block"], row["effective_rank_share"]) for row in known)

@@ -47,7 +47,7 @@ def steps(settings: Mapping[str, Any]) -> list[Step]:
     made = [Step("prepare", prepare)]
     for seed in settings["seeds"]:
         for optimizer in settings["optimizers"]:
-            model = _name(optimizer, seed)
+            model = model_name(optimizer, seed)
             made.append(Step(f"train-{model}", partial(train_model, optimizer, seed), ("prepare",)))
             made.append(Step(f"{model}-{DENSE}", partial(score_dense, optimizer, seed), (f"train-{model}",)))
             made += [
@@ -70,7 +70,7 @@ def prepare(place: Place) -> dict[str, Any]:
 
 def train_model(optimizer: str, seed: int, place: Place) -> dict[str, Any]:
     """Train one, or go on with it."""
-    folder, model = place.work / _name(optimizer, seed), place.settings["model"]
+    folder, model = place.work / model_name(optimizer, seed), place.settings["model"]
     given: dict[str, Any] = {
         "model_config": model if isinstance(model, str) else str(place.work / "model.json"),
         "text": str(place.data["train"]),
@@ -101,12 +101,12 @@ def _rank(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def score_dense(optimizer: str, seed: int, place: Place) -> dict[str, Any]:
     """A trained model, dense."""
-    return {"scores": [{"keep": 1.0, **_score(place.work / _name(optimizer, seed), place, tasks=True)}]}
+    return {"scores": [{"keep": 1.0, **_score(place.work / model_name(optimizer, seed), place, tasks=True)}]}
 
 
 def fold(optimizer: str, seed: int, method: str, place: Place) -> dict[str, Any]:
     """A trained model, compressed by one method to every keep; what is compressed is not kept."""
-    dense = place.work / _name(optimizer, seed)
+    dense = place.work / model_name(optimizer, seed)
     tasks, scores = place.settings["tasks"], []
     for keep in place.settings["keeps"]:
         output = place.work / f"{dense.name}-{method}-{keep:g}"
@@ -188,10 +188,10 @@ def results(settings: Mapping[str, Any], done: Mapping[str, dict[str, Any]]) -> 
     rows = []
     for optimizer in settings["optimizers"]:
         for method in (DENSE, *settings["methods"]):
-            of = [done[f"{_name(optimizer, seed)}-{method}"]["scores"] for seed in settings["seeds"]]
+            of = [done[f"{model_name(optimizer, seed)}-{method}"]["scores"] for seed in settings["seeds"]]
             rows += [_row(optimizer, method, list(same)) for same in zip(*of, strict=True)]
     trained = {
-        _name(optimizer, seed): done[f"train-{_name(optimizer, seed)}"]
+        model_name(optimizer, seed): done[f"train-{model_name(optimizer, seed)}"]
         for optimizer in settings["optimizers"]
         for seed in settings["seeds"]
     }
@@ -264,7 +264,7 @@ def _accuracies(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _ranks(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for optimizer in document["settings"]["optimizers"]:
-        runs = [document["trained"][_name(optimizer, seed)] for seed in document["settings"]["seeds"]]
+        runs = [document["trained"][model_name(optimizer, seed)] for seed in document["settings"]["seeds"]]
         row: dict[str, Any] = {"optimizer": optimizer}
         for same in zip(*(run["effective_ranks"] for run in runs), strict=True):
             row[f"step {same[0]['step']}"] = round(mean_and_spread([one["share"] for one in same])[0], 3)
@@ -290,6 +290,6 @@ def _find(document: Mapping[str, Any], optimizer: str, method: str) -> list[dict
     return [row for row in document["rows"] if (row["optimizer"], row["method"]) == (optimizer, method)]
 
 
-def _name(optimizer: str, seed: int) -> str:
+def model_name(optimizer: str, seed: int) -> str:
     """As a folder: "AdamW, decay 2" and 0 are adamw-decay-2-0."""
     return "-".join([*re.findall(r"[a-z0-9.]+", optimizer.lower()), str(seed)])

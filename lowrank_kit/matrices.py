@@ -225,8 +225,11 @@ def block_path(path: str) -> str:
     return match.group()
 
 
-def input_key(owner: str, role: str, name: str) -> str:
+def input_key(owner: str, role: str, name: str, sibling_leaves: Collection[str] = ()) -> str:
     """Key of the input a matrix reads: q, k, v of one attention share theirs, gate and up of one MLP theirs."""
+    # Keys and values without queries, as of RWKV, are no attention, and read what they mix themselves.
+    if role in ("k", "v") and not any(role_of(leaf) == "q" for leaf in sibling_leaves):
+        return name
     if role in ATTENTION_INPUTS:
         return f"{owner}:attention"
     if role in MLP_INPUTS:
@@ -272,10 +275,7 @@ def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], mo
             shape=shape,
             transposed=transposed,
             expert=None,
-            # Keys and values without queries, as of RWKV, are no attention, and read what they mix themselves.
-            shares_input=path
-            if role in ("k", "v") and not any(role_of(name) == "q" for name in siblings)
-            else input_key(owner, role, path),
+            shares_input=input_key(owner, role, path, siblings),
             ends_branch=role in BRANCH_ENDS,
             split=_split(role, leaf, module, parent, getattr(model, "config", None)),
         )

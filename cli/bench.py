@@ -29,6 +29,12 @@ LONGEST_LABEL = 16
     help="Sequences at a time.",
 )
 @click.option("--compile", is_flag=True, default=False, help="Measure with torch.compile too.")
+@click.option(
+    "--fuse/--no-fuse",
+    default=True,
+    show_default=True,
+    help="Low-rank layers that read the same input do it as one product.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often, models in turn.")
 @click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Passes before, not counted.")
 @click.option("--threads", type=click.IntRange(1), default=None, help="Of torch on the CPU; left out, its own.")

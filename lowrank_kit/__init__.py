@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowrank_kit.compression.calibration import calibrate as calibrate
     from lowrank_kit.compression.run import compress as compress
     from lowrank_kit.compression.settings import CompressSettings as CompressSettings
+    from lowrank_kit.layers.fused import fuse as fuse
     from lowrank_kit.layers.linear import LowRankLinear as LowRankLinear
     from lowrank_kit.layers.pivoted import PivotedLinear as PivotedLinear
     from lowrank_kit.matrices import find_matrices as find_matrices
@@ -34,6 +35,7 @@ _PUBLIC = {
     "calibrate": "lowrank_kit.compression.calibration",
     "compress": "lowrank_kit.compression.run",
     "find_matrices": "lowrank_kit.matrices",
+    "fuse": "lowrank_kit.layers.fused",
     "parameter_groups": "lowrank_kit.optim.routing",
     "train": "lowrank_kit.training.run",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "calibrate",
     "compress",
     "find_matrices",
+    "fuse",
     "parameter_groups",
     "train",
 ]

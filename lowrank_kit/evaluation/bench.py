@@ -34,6 +34,7 @@ from lowrank_kit.evaluation.speed import (
     peak_growth,
     weight_bytes,
 )
+from lowrank_kit.layers import fuse
 from lowrank_kit.report.tables import amount
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class BenchSettings:
         new_tokens: tokens that follow it, at least 2: the first comes of the prefill.
         batches: sequences at a time.
         compile: whether to measure with torch.compile too.
+        fuse: whether layers that read the same input do it as one, `layers.fused`.
         rounds: how often, all models in turn.
         warmup: passes before, not counted; compiled, at least one.
         threads: of torch on the CPU; None leaves them.
@@ -64,6 +66,7 @@ class BenchSettings:
     new_tokens: int = 64
     batches: tuple[int, ...] = (1, 4, 16, 64)
     compile: bool = False
+    fuse: bool = True
     rounds: int = 5
     warmup: int = 1
     threads: int | None = None
@@ -193,11 +196,10 @@ def load(
             f"the weights of {len(models)} models take {amount(needed)}, and {amount(left)} are left on {device}",
             hint="models take turns, so all are in memory at once: fewer of them, or --dtype bfloat16",
         )
-    labels = _labels(models)
-    return [
-        Contender(label, name, load_model(checkpoint, device=device, dtype=dtype).eval(), count)
-        for label, name, checkpoint, count in zip(labels, models, checkpoints, flops, strict=True)
-    ]
+    loaded = [load_model(checkpoint, device=device, dtype=dtype).eval() for checkpoint in checkpoints]
+    if settings.fuse:
+        loaded = [fuse(model) for model in loaded]
+    return [Contender(*each) for each in zip(_labels(models), models, loaded, flops, strict=True)]
 
 
 def measure(contenders: Sequence[Contender], prompt: Tensor, mode: str, settings: BenchSettings) -> list[Cell]:

@@ -34,7 +34,7 @@ def test_table_json_and_file(
     assert document == json.loads(file.read_text())
     assert (document["schema_version"], document["schema"]) == (1, "lowrank-bench/1")
     assert document["settings"] == {
-        **{"prompt": 8, "new_tokens": 4, "batches": [1, 3], "compile": False, "rounds": 2, "warmup": 1},
+        **{"prompt": 8, "new_tokens": 4, "batches": [1, 3], "compile": False, "fuse": True, "rounds": 2, "warmup": 1},
         **{"threads": None, "seed": 0, "device": "cpu", "dtype": "auto"},
     }
     assert document["environment"]["torch"]

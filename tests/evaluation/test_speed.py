@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowrank_kit.evaluation import speed
 from lowrank_kit.evaluation.bench import SCHEMA, BenchSettings, bench, summary
 from lowrank_kit.evaluation.flops import TokenFlops, token_flops
 from lowrank_kit.evaluation.speed import Runner, Timing, pass_bytes, peak_growth, weight_bytes
+from lowrank_kit.layers.fused import StackedInputs
 
 FEW = BenchSettings(prompt=6, new_tokens=4, batches=(1, 3), rounds=2)
 PROMPT = torch.arange(20, 20 + 3 * 6).reshape(3, 6)  # no special tokens
@@ -139,6 +141,15 @@ def test_models_take_turns(folders: dict[str, Path], monkeypatch: pytest.MonkeyP
     bench([str(folders["dense"]), str(folders["factors"])], settings, device="cpu")
     dense, factors = (folders["dense"].name, 2), ("factors", 2)
     assert calls == [dense] * 3 + [factors] * 3 + [dense, factors] * 3  # warm-up, memory, rounds
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_models_are_fused_if_asked_for(asked: bool, folders: dict[str, Path]) -> None:
+    (contender,) = bench_module.load(
+        [str(folders["pivoted"])], replace(FEW, fuse=asked), torch.device("cpu"), torch.float32
+    )
+    assert any(isinstance(module, StackedInputs) for module in contender.model.modules()) == asked
+    assert weight_bytes(contender.model) == weight_bytes(load(folders["pivoted"]))
 
 
 def test_ratios_are_of_the_same_round() -> None:

@@ -34,7 +34,7 @@ from lowrank_kit.evaluation.speed import (
     peak_growth,
     weight_bytes,
 )
-from lowrank_kit.layers import fuse
+from lowrank_kit.layers.fused import fuse
 from lowrank_kit.report.tables import amount
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from lowrank_kit.layers.experts import LowRankExperts as LowRankExperts
 from lowrank_kit.layers.experts import LowRankStack as LowRankStack
-from lowrank_kit.layers.fused import fuse as fuse
 from lowrank_kit.layers.linear import LowRankLinear as LowRankLinear
 from lowrank_kit.layers.pivoted import PivotedLinear as PivotedLinear
 from lowrank_kit.layers.surgery import LAYERS as LAYERS

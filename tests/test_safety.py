@@ -25,8 +25,10 @@ def unsafe(source: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in PICKLING)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PICKLING:
             yield str(node.module)
-        elif (isinstance(node, ast.Attribute) and ast.unparse(node) in TORCH_PICKLING) or (isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and ast.unparse(node.value) != "False"):
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in TORCH_PICKLING:
             yield ast.unparse(node)
+        elif isinstance(node, ast.keyword) and ast.unparse(node) != "trust_remote_code=False":
+            yield from ["trust_remote_code"] if node.arg == "trust_remote_code" else []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

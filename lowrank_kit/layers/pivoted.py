@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# From how many tokens on a CPU computes the outputs transposed; measured, evals/speed.
+# From how many tokens on outputs are put in order as rows of the transposed product, which are moved whole.
 MANY_TOKENS = 16
 
 
@@ -43,14 +43,14 @@ class PivotedLinear(nn.Module):
         self.A = nn.Linear(in_features, rank, bias=False, dtype=dtype, device=device)
         self.C = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype, device=device)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.by_rows = False  # see `fuse`
         self.register_buffer("index", torch.arange(out_features, dtype=torch.int32, device=device))
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """y for x [..., I]."""
         kept = self.A(x)
-        if kept.device.type == "cpu" and kept.numel() >= MANY_TOKENS * self.rank and not torch.compiler.is_compiling():
-            # Rows are moved whole, where columns are picked number by number.
+        if self.by_rows and kept.numel() >= MANY_TOKENS * self.rank:
             columns = kept.reshape(-1, self.rank).T
             rows = torch.cat((columns, self.C.weight.to(kept.dtype) @ columns)).index_select(0, self.index)
             y = rows.T.view(*x.shape[:-1], self.out_features)

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers import PivotedLinear, exchange
 from lowrank_kit.layers.fused import StackedInputs, StackedPart, fuse
+from lowrank_kit.layers.pivoted import MANY_TOKENS
 
 RANKS = {"q_proj": 5, "k_proj": 3, "v_proj": 7, "gate_proj": 6, "up_proj": 4, "down_proj": 5}
 IDS = torch.arange(24).reshape(2, 12)
+cat = torch.cat
 
 
 def compressed(pivoted: tuple[str, ...] = (), *, bias: bool = False) -> PreTrainedModel:
@@ -120,3 +122,15 @@ def test_greedy_decoding_is_the_same() -> None:
     given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(IDS, **given)
     assert torch.equal(fuse(model).generate(IDS, **given), expected)
+
+
+def test_many_tokens_are_put_in_order_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed(tuple(RANKS))
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(2, MANY_TOKENS, 48)
+    with torch.no_grad():
+        expected = layer(x)
+        fuse(model)
+        monkeypatch.setattr(torch, "cat", lambda parts, dim=0: pytest.fail("by columns") if dim else cat(parts))
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer(x[0]), expected[0])

@@ -44,7 +44,8 @@ ATTENTION_INPUTS = frozenset({"q", "k", "v", "qkv"})
 MLP_INPUTS = frozenset({"gate", "up", "gate_up"})
 BRANCH_ENDS = frozenset({"o", "down"})
 EXPERT_ROLES = MLP_INPUTS | {"down"}
-# Of experts of low rank, as `gate_up.A`.
+# Of a layer and of experts of low rank: `q_proj.A`, in the pivoted form with C for B, and `gate_up.A`.
+FACTORS = ("A", "B", "C")
 EXPERT_FACTORS = ("A", "B")
 
 
@@ -75,7 +76,8 @@ class Matrix:
     Args:
         name: path of the module, for an expert `path.experts.down_proj[3]`.
         parameter: name of the parameter that holds it.
-        role: q, k, v, o, gate, up, down; qkv and gate_up where they are fused; else the model's own name.
+        role: q, k, v, o, gate, up, down; qkv and gate_up where they are fused; else the model's own name. Of a factor
+            with its letter, as `q.A`: in a compressed model each factor is a matrix.
         block: index of its block, None outside the blocks.
         shape: (out, in).
         transposed: stored as [in, out].
@@ -260,29 +262,37 @@ def _matrices_of(path: str, module: nn.Module, modules: dict[str, nn.Module], mo
     if isinstance(module, nn.Linear | Conv1D):
         transposed = isinstance(module, Conv1D)
         shape = _out_in(module.weight.shape, transposed)
+        layer, letter = path, ""
+        if leaf in FACTORS and hasattr(modules[owner], "rank"):
+            layer, letter = owner, leaf
+            owner, _, leaf = layer.rpartition(".")
         parent = modules[owner]
         siblings = [name for name, _ in parent.named_children()]
         role = role_of(leaf, tuple(siblings))
         # A router stands beside the experts, or in a module that does, under a name that is no part of a block.
         nested = role == leaf and _is_router(shape[0], modules[owner.rpartition(".")[0]], any_stack=True)
-        if min(shape) == 1 or leaf in UNCALLED_LEAVES or nested or _is_router(shape[0], parent):
+        router = not letter and (nested or _is_router(shape[0], parent))
+        if min(shape) == 1 or leaf in UNCALLED_LEAVES or router:
             return
+        whole = letter in ("", "B")  # its rows are those of the weight
         yield Matrix(
             name=path,
             parameter=f"{path}.weight",
-            role=role,
+            role=f"{role}.{letter}" if letter else role,
             block=block_of(path),
             shape=shape,
             transposed=transposed,
             expert=None,
-            shares_input=input_key(owner, role, path, siblings),
-            ends_branch=role in BRANCH_ENDS,
-            split=_split(role, leaf, module, parent, getattr(model, "config", None)),
+            shares_input=input_key(owner, role, layer, siblings) if letter in ("", "A") else path,
+            ends_branch=whole and role in BRANCH_ENDS,
+            split=_split(role, leaf, module, parent, getattr(model, "config", None)) if whole else None,
         )
         return
     for name, parameter in module.named_parameters(recurse=False):
         if _of_experts(f"{leaf}.{name}", parameter):
-            yield from _experts(path, name, role_of(name), module, model)
+            yield from _experts(
+                path, name, f"{leaf}.{name}" if name in EXPERT_FACTORS else role_of(name), module, model
+            )
 
 
 def _of_experts(name: str, parameter: nn.Parameter) -> bool:
@@ -305,7 +315,8 @@ def _experts(path: str, leaf: str, role: str, module: nn.Module, model: nn.Modul
         transposed = (rows if role == "down" else columns) != hidden
     name = f"{path}.{leaf}"
     out = _out_in((rows, columns), transposed)[0]
-    split = _split_gate_up(out, interleaved=not getattr(module, "is_concatenated", True)) if role == "gate_up" else None
+    fused = role in ("gate_up", "gate_up.B")
+    split = _split_gate_up(out, interleaved=not getattr(module, "is_concatenated", True)) if fused else None
     for expert in range(num_experts):
         yield Matrix(
             name=f"{name}[{expert}]",

@@ -222,6 +222,10 @@ def refuse_non_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{folder}: LoRA adapters, and no model", hint="give the model with these merged in: the folder above"
+        )
     if not path.is_file():
         raise UsageError(
             f"{folder}: no {CONFIG_FILE} in this folder", hint="give the folder that save_pretrained wrote"

@@ -100,14 +100,18 @@ def reading(one: Found) -> Iterator[None]:
 
 
 def _files(top: Path) -> Iterator[Path]:
-    """JSON files below a folder; hidden folders, checkpoints and what is not finished are passed over."""
+    """JSON files below a folder; hidden folders, checkpoints and what is not finished are passed over.
+
+    So is the compression.json that a run took over from the compressed model it trained: its errors are of before.
+    """
     count = 0
     for folder, below, names in os.walk(top):
         depth = len(Path(folder).relative_to(top).parts)
         passed = {name for name in below if name.startswith(".") or name.endswith(".partial") or name == "checkpoints"}
         below[:] = sorted(set(below) - passed) if depth < MOST_LEVELS else []
         for name in sorted(names):
-            if name.endswith(".json") and not name.startswith(".") and name not in _OTHERS:
+            taken_over = name == "compression.json" and "run.json" in names
+            if name.endswith(".json") and not name.startswith(".") and name not in _OTHERS and not taken_over:
                 count += 1
                 if count > MOST_FILES:
                     raise UsageError(f"{top}: more than {MOST_FILES:,} JSON files", hint="give folders further down")

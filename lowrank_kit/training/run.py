@@ -24,6 +24,7 @@ from lowrank_kit.report.files import write_json
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.scaling.sidecar import check_rule, save_rule
 from lowrank_kit.training.checkpoints import newest_whole
+from lowrank_kit.training.compressed import take_along
 from lowrank_kit.training.data import RunData, load_data
 from lowrank_kit.training.estimate import Estimate, check_memory, estimate_run
 from lowrank_kit.training.guard import last_good_checkpoint_named
@@ -211,6 +212,7 @@ def _start(
     data.tokenizer.save_pretrained(output)
     if rule is not None:
         save_rule(rule, output)
+    take_along(settings, model, output)
     write_json(output / RUN_FILE, record)
     return record
 

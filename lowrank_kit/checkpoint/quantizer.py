@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
@@ -155,7 +156,13 @@ def _plan_names(model: PreTrainedModel, kind: type[torch.nn.Module]) -> set[str]
 
 
 def register() -> None:
-    """Make transformers know the method "lowrank"; a second call does nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LowRankConfig)
-        register_quantizer(QUANT_METHOD)(LowRankQuantizer)
+    """Make transformers know the method "lowrank", by this code and no other; a second call does nothing.
+
+    Another may be there: that of a folder loaded with `trust_remote_code`, see `lowrank_kit.checkpoint.standalone`.
+    """
+    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD) is LowRankConfig:
+        return
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+    register_quantization_config(QUANT_METHOD)(LowRankConfig)
+    register_quantizer(QUANT_METHOD)(LowRankQuantizer)

@@ -145,7 +145,6 @@ def test_every_verb_takes_it(
         ["eval", folder, "--text", settings.text, "--part", "heldout", "--blocks", "2", "--block-tokens", "32"],
         ["analyze", folder, "-o", tmp_path / "spectra"],
         ["bench", folder, "--rounds", "1", "--prompt", "8", "--new-tokens", "2"],
-        ["compress", folder, "--keep", "0.5", "--objective", "plain", "-o", tmp_path / "again"],
     ):
         assert lowrank([*map(str, words), "-q"]) == 0, words
     # A report shows it as a training, not as one more compression.
@@ -284,7 +283,7 @@ def test_adapters_for_another_base(settings_for: Make, compressed: Callable[[str
         load_adapters(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), adapters)
     with pytest.raises(UsageError, match="LoRA adapters, and no model"):
         Checkpoint.open(adapters)
-    with pytest.raises(UsageError, match=r"no adapters here, there is no adapter_config\.json"):
+    with pytest.raises(UsageError, match=r"no adapters in this folder, it has no adapter_config\.json"):
         load_adapters(dense, tmp_path / "run")
     (adapters / "adapter_model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(LowRankError, match="damaged adapters"):

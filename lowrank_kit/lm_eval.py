@@ -1,4 +1,4 @@
-"""lm-eval's own command with compressed folders: `python -m lowrank_kit.lm_eval --model hf --model_args pretrained=DIR ...`
+"""lm-eval's own command, with compressed folders: `python -m lowrank_kit.lm_eval --model hf --model_args ...`
 
 Importing this package registers the checkpoint format; all else is lm-eval's, with all of its options.
 """

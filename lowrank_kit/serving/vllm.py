@@ -4,9 +4,9 @@
 up) are one product with all A and one with each B; what stays dense among them is dense. A pivoted matrix is made into
 factors when it is loaded. Refused, each with one error: tensor parallelism, experts of low rank, a factorized head.
 
-What is tested of this: all but the classes below in every run of the tests, without vLLM; these where vLLM can be
-imported, with its own linear layers on a CPU, as was done with vLLM 0.33. Not tested: a whole model served, CUDA
-graphs, any GPU, other versions of vLLM. Its `transformers` backend is not for these folders.
+What is tested of this: the arithmetic and the loading without vLLM, and the classes below against stand-ins with the
+interface that vLLM 0.33 has in its sources. Not tested: vLLM itself, so no model served, no CUDA graph, no GPU. Its
+`transformers` backend is not for these folders.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class _Loaded(nn.Module):
     """Parameters under the names that the checkpoint has below `A`, `B` and `C`."""
 
 
-def create_weights(layer: nn.Module, parts: Sequence[Part], in_features: int, dtype: torch.dtype) -> None:
+def create_weights(layer: Any, parts: Sequence[Part], in_features: int, dtype: torch.dtype) -> None:
     """Give a layer its parameters, empty and ready to be loaded.
 
     Args:

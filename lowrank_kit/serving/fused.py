@@ -162,7 +162,7 @@ def _part(layer: Any, shard: str | int | None, what: str) -> tuple[int, Part]:
     parts = layer.lowrank_parts
     if isinstance(shard, tuple) or (shard is None and len(parts) > 1):
         raise LowRankError(f"{parts[0].name}: one {what} for several parts, {len(parts)} are wanted")
-    number = 0 if shard is None else _PARTS.get(shard, shard) if isinstance(shard, str) else shard
+    number = _PARTS[shard] if isinstance(shard, str) else shard or 0
     layer.lowrank_loaded[number, what] = None
     return number, parts[number]
 

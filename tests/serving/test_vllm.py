@@ -42,7 +42,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             self.packed_modules_mapping: dict[str, list[str]] = {}
 
     kinds = {name: type(name, (nn.Module,), {}) for name in ("LinearBase", "UnquantizedLinearMethod")}
-    contents = {
+    contents: dict[str, dict[str, Any]] = {
         "layers.linear": {**kinds, "LinearMethodBase": ABC},
         "layers.quantization": {
             "QUANTIZATION_METHODS": methods,

@@ -274,16 +274,17 @@ def _ranks(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def pictures(document: Mapping[str, Any]) -> dict[str, Figure]:
-    """Loss against bytes: one curve for each optimizer and method, and the front of all."""
+    """Loss against bytes, a picture for each method: one curve for each optimizer, and the front of all."""
+    return {f"front-{method}": _front(document, method) for method in document["settings"]["methods"]}
+
+
+def _front(document: Mapping[str, Any], method: str) -> Figure:
     series = {}
     for optimizer in document["settings"]["optimizers"]:
-        dense = _find(document, optimizer, DENSE)
-        for method in ("whiten", "best"):
-            rows = [*dense, *_find(document, optimizer, method)]
-            points = [(row["bytes"] / 1e6, row["domain loss"], f"{row['keep']:g}") for row in rows]
-            series[f"{optimizer}, {method}"] = [(x, y, DENSE if keep == "1" else keep) for x, y, keep in points]
-    figure = pareto_plot(series, x_label="MB", y_label="held-out loss, nats per token", title=TITLE)
-    return {"front": figure}
+        dense, rows = _find(document, optimizer, DENSE), _find(document, optimizer, method)
+        points = [(row["bytes"] / 1e6, row["domain loss"], f"{row['keep']:g}") for row in [*dense, *rows]]
+        series[optimizer] = [(x, y, DENSE if keep == "1" else keep) for x, y, keep in points]
+    return pareto_plot(series, x_label="MB", y_label="held-out loss, nats per token", title=f"{TITLE}: {method}")
 
 
 def _find(document: Mapping[str, Any], optimizer: str, method: str) -> list[dict[str, Any]]:

@@ -195,11 +195,13 @@ def results(settings: Mapping[str, Any], done: Mapping[str, dict[str, Any]]) -> 
         for optimizer in settings["optimizers"]
         for seed in settings["seeds"]
     }
-    return {"rows": rows, "front": {"x": "bytes", "y": "domain loss", "group": "curve"}, "trained": trained}
+    several = {"group": "optimizer", "picture": "method", "in_all": DENSE}
+    front = {"x": "bytes", "y": "domain loss", **(several if len(settings["optimizers"]) > 1 else {"group": "method"})}
+    return {"rows": rows, "front": front, "trained": trained}
 
 
 def _row(optimizer: str, method: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"curve": f"{optimizer}, {method}", "optimizer": optimizer, "method": method}
+    row: dict[str, Any] = {"optimizer": optimizer, "method": method}
     row |= {key: seeds[0][key] for key in ("keep", "bytes", "parameters")}
     for corpus in CORPORA:
         mean, spread = mean_and_spread([one[corpus]["loss"] for one in seeds])

@@ -34,7 +34,22 @@ def experiment_parts(one: Found) -> list[Part]:
 
 
 def _front(title: str, rows: Sequence[Mapping[str, Any]], front: Mapping[str, str]) -> list[Part]:
-    """A picture of the columns that `front` names; rows without numbers there are left out."""
+    """Pictures of the columns that `front` names; rows without numbers there are left out.
+
+    A picture for each value of the column `picture`, if it names one; rows with the value `in_all` are in all of them.
+    """
+    of = front.get("picture")
+    if of is None:
+        return _picture(title, rows, front)
+    shared = front.get("in_all")
+    return [
+        part
+        for value in dict.fromkeys(str(row.get(of)) for row in rows if row.get(of) != shared)
+        for part in _picture(f"{title}: {value}", [row for row in rows if str(row.get(of)) in (value, shared)], front)
+    ]
+
+
+def _picture(title: str, rows: Sequence[Mapping[str, Any]], front: Mapping[str, str]) -> list[Part]:
     in_bytes = front["x"] == "bytes"
     curves: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for row in rows:

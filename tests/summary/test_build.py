@@ -15,6 +15,7 @@ from lowrank_kit.errors import LowRankError
 from lowrank_kit.report.page import Picture, Table, Text
 from lowrank_kit.summary.build import build_page
 from lowrank_kit.summary.compression import compression_parts
+from lowrank_kit.summary.experiments import experiment_parts
 from lowrank_kit.summary.find import Found, find_documents
 from lowrank_kit.summary.models import Models, overview
 from lowrank_kit.summary.scaling import scaling_parts
@@ -156,3 +157,20 @@ def test_a_sweep_that_was_stopped_is_shown_as_far_as_it_is(count: int, results: 
     first, *more = scaling_parts(find_documents([tmp_path])[0])
     assert first == Text("Cells are missing: the sweep was not finished.")
     assert len(more) == (0 if count == 1 else 2)
+
+
+def test_an_experiment_may_have_a_picture_for_each_method() -> None:
+    rows = [{"of": "a", "way": "dense", "bytes": 9e6, "loss": 3.0}] + [
+        {"of": "a", "way": way, "bytes": size, "loss": loss}
+        for way, size, loss in (("one", 3e6, 4.0), ("one", 6e6, 3.5), ("two", 3e6, 5.0))
+    ]
+    front = {"x": "bytes", "y": "loss", "group": "of", "picture": "way", "in_all": "dense"}
+    document = {"name": "it", "title": "It", "form": "small", "rows": rows, "front": front}
+    parts = experiment_parts(Found("experiment", Path("results.json"), "results.json", document, ""))
+    pictures = [part for part in parts if isinstance(part, Picture)]
+    assert [picture.figure.axes[0].get_title(loc="left") for picture in pictures] == [
+        "It (small): one",
+        "It (small): two",
+    ]
+    points = [sorted(picture.figure.axes[0].lines[-1].get_xydata().tolist()) for picture in pictures]
+    assert points == [[[3, 4], [6, 3.5], [9, 3]], [[3, 5], [9, 3]]]

@@ -172,5 +172,5 @@ def test_an_experiment_may_have_a_picture_for_each_method() -> None:
         "It (small): one",
         "It (small): two",
     ]
-    points = [sorted(picture.figure.axes[0].lines[-1].get_xydata().tolist()) for picture in pictures]
+    points = [sorted(np.asarray(picture.figure.axes[0].lines[-1].get_xydata()).tolist()) for picture in pictures]
     assert points == [[[3, 4], [6, 3.5], [9, 3]], [[3, 5], [9, 3]]]

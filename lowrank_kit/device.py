@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,8 @@ from lowrank_kit.errors import UsageError, did_you_mean
 # Of glibc's malloc.h; larger tensors are mapped each by itself, and gone when they are freed. From 4 MB on that takes a
 # tenth less memory and a fifth more time.
 M_MMAP_THRESHOLD, MAPPED_BYTES, MAPPED_BYTES_FEWER = -3, 16 * 2**20, 4 * 2**20
+# How many may be mapped, and from how many free bytes on the heap shrinks: glibc's defaults, and what it takes at most.
+M_MMAP_MAX, MAPPED, M_TRIM_THRESHOLD, TRIMMED_BYTES, MOST = -4, 65536, -1, 128 * 2**10, 2**31 - 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,8 +61,29 @@ def return_freed_memory(*, at_any_cost: bool = False) -> None:
     Args:
         at_any_cost: smaller tensors too, which takes time.
     """
+    _mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES_FEWER if at_any_cost else MAPPED_BYTES)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Have freed memory of the CPU stay in the process, as allocators of servers do, and as torch's does on a GPU.
+
+    Pages that are given back and taken again for every large tensor are zeroed each time: an eighth of the time of a
+    prefill of 2,048 tokens by a 60M model of low rank, and a thirtieth of its dense model's.
+    """
+    _mallopt(M_MMAP_MAX, 0)
+    _mallopt(M_TRIM_THRESHOLD, MOST)
+    try:
+        yield
+    finally:
+        _mallopt(M_MMAP_MAX, MAPPED)
+        _mallopt(M_TRIM_THRESHOLD, TRIMMED_BYTES)
+        return_fragments()
+
+
+def _mallopt(option: int, value: int) -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES_FEWER if at_any_cost else MAPPED_BYTES)
+        mallopt(option, value)
 
 
 def return_fragments() -> None:

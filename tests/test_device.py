@@ -140,3 +140,26 @@ def test_freed_memory_goes_back_to_the_system(at_any_cost: bool, megabytes: int)
     assert large < 2 * 10**7
     assert before > 10**8
     assert after < 3 * 10**7
+
+
+KEPT = """
+import psutil, torch
+from lowrank_kit.device import freed_memory_kept
+def resident():
+    return psutil.Process().memory_info().rss
+before = resident()
+with freed_memory_kept():
+    torch.ones(64, 2**18)  # 64 MB, which glibc gives back
+    kept = resident() - before
+print(kept, resident() - before)
+torch.ones(64, 2**18)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_while_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    within, *after = map(int, done.stdout.split())
+    assert within > 60e6
+    assert max(after) < 20e6

@@ -20,7 +20,7 @@ from lowrank_kit.checkpoint.folder import Checkpoint
 from lowrank_kit.checkpoint.headers import DTYPE_BITS
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.config import to_dict
-from lowrank_kit.device import available_memory, resolve_device, resolve_dtype
+from lowrank_kit.device import available_memory, freed_memory_kept, resolve_device, resolve_dtype
 from lowrank_kit.errors import DoesNotFitError, UsageError
 from lowrank_kit.evaluation.flops import TokenFlops, token_flops
 from lowrank_kit.evaluation.speed import (
@@ -139,7 +139,7 @@ def bench(
         DoesNotFitError: the weights are more than the memory that is left.
     """
     torch_device, torch_dtype = resolve_device(device), resolve_dtype(dtype)
-    with _threads(settings.threads):
+    with _threads(settings.threads), freed_memory_kept():
         contenders = load(models, settings, torch_device, torch_dtype)
         # All models read the same tokens.
         vocabulary = min(each.model.get_input_embeddings().weight.shape[0] for each in contenders)

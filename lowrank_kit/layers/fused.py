@@ -83,8 +83,8 @@ class StackedPart(nn.Module):
 def fuse(model: Model) -> Model:
     """Stack the A of low-rank layers that read the same input; the outputs stay the same, up to rounding.
 
-    Pivoted layers on a CPU put the outputs of many tokens in order row by row. For inference: the model cannot be
-    trained or saved afterwards.
+    Pivoted layers take two factors for many tokens, with the order of the outputs in the second: r^2 numbers more to
+    multiply with and none to move. For inference: the model cannot be trained or saved afterwards.
 
     Args:
         model: with low-rank layers, on the device and of the dtype that it runs in; changed in place.
@@ -97,7 +97,7 @@ def fuse(model: Model) -> Model:
             siblings = tuple(name for name, _ in modules[owner].named_children())
             groups[input_key(owner, role_of(leaf, siblings), path, siblings)].append(layer)
         if isinstance(layer, PivotedLinear) and _is_plain(layer.C):
-            layer.by_rows = layer.C.weight.device.type == "cpu"
+            layer.absorbs_index = True
     for layers in groups.values():
         if len(layers) > 1 and len({(layer.A.weight.dtype, layer.A.weight.device) for layer in layers}) == 1:
             stack = StackedInputs(layers)

@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# From how many tokens on outputs are put in order as rows of the transposed product, which are moved whole.
-MANY_TOKENS = 16
-
 
 class PivotedLinear(nn.Module):
     """y = cat(A x, C (A x))[index] + bias, with A [R, I] rows of the weight and C [O - R, R].
@@ -43,21 +40,25 @@ class PivotedLinear(nn.Module):
         self.A = nn.Linear(in_features, rank, bias=False, dtype=dtype, device=device)
         self.C = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype, device=device)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-        self.by_rows = False  # see `fuse`
+        self.absorbs_index = False  # see `fuse`
         self.register_buffer("index", torch.arange(out_features, dtype=torch.int32, device=device))
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """y for x [..., I]."""
         kept = self.A(x)
-        if self.by_rows and kept.numel() >= MANY_TOKENS * self.rank:
-            columns = kept.reshape(-1, self.rank).T
-            rows = torch.cat((columns, self.C.weight.to(kept.dtype) @ columns)).index_select(0, self.index)
-            y = rows.T.view(*x.shape[:-1], self.out_features)
+        # From as many tokens on as R, rows of [O, R] are fewer numbers to put in order than outputs.
+        if self.absorbs_index and kept.numel() >= self.rank**2:
+            y = nn.functional.linear(kept, self._ordered(self.C.weight.to(kept.dtype)))
         else:
             y = torch.cat((kept, self.C(kept)), dim=-1).index_select(-1, self.index)
         # Autocast leaves the bias as it is, and a sum would be of the wider dtype.
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _ordered(self, C: Tensor) -> Tensor:
+        """B [O, R] with W = B A: rows of C and of the identity in the order of the outputs."""
+        identity = torch.eye(self.rank, dtype=C.dtype, device=C.device)
+        return torch.cat((identity, C)).index_select(0, self.index)
 
     def dense_weight(self) -> Tensor:
         """The weight, [O, I], in the dtype of its parts."""

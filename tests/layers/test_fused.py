@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers import PivotedLinear, exchange
 from lowrank_kit.layers.fused import StackedInputs, StackedPart, fuse
-from lowrank_kit.layers.pivoted import MANY_TOKENS
 
 RANKS = {"q_proj": 5, "k_proj": 3, "v_proj": 7, "gate_proj": 6, "up_proj": 4, "down_proj": 5}
 IDS = torch.arange(24).reshape(2, 12)
@@ -124,13 +123,21 @@ def test_greedy_decoding_is_the_same() -> None:
     assert torch.equal(fuse(model).generate(IDS, **given), expected)
 
 
-def test_many_tokens_are_put_in_order_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = compressed(tuple(RANKS))
-    layer = model.model.layers[0].mlp.down_proj
-    x = torch.randn(2, MANY_TOKENS, 48)
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_tokens_are_not_moved(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PivotedLinear(12, 10, 4, bias=bias)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    layer.index.copy_(torch.randperm(10))
+    few, many = torch.randn(3, 12), torch.randn(2, 2, 12)
     with torch.no_grad():
-        expected = layer(x)
-        fuse(model)
-        monkeypatch.setattr(torch, "cat", lambda parts, dim=0: pytest.fail("by columns") if dim else cat(parts))
-        torch.testing.assert_close(layer(x), expected)
-        torch.testing.assert_close(layer(x[0]), expected[0])
+        expected = layer(few), layer(many)
+        fuse(nn.Sequential(layer))
+        monkeypatch.setattr(torch, "cat", lambda parts, dim=0: pytest.fail("outputs moved") if dim else cat(parts))
+        torch.testing.assert_close(layer(many), expected[1])
+        with pytest.raises(pytest.fail.Exception, match="outputs moved"):
+            layer(few)
+        monkeypatch.undo()
+        torch.testing.assert_close(layer(few), expected[0])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(many).dtype == torch.bfloat16

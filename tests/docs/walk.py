@@ -104,8 +104,8 @@ class Walk:
         assert resumed or code in CODES.get(verb, (0,)), (
             f"{command.place}: {command.text}: exit code {code}\n{errors.getvalue()[-2000:]}"
         )
-        self.printed += told.getvalue()
-        self.done[command.text] = told.getvalue()
+        self.done[command.text] = f"{told.getvalue()}\n{errors.getvalue()}\n"
+        self.printed += self.done[command.text]
         if command.output:
             (self.folder / command.output).write_text(told.getvalue())
         return None

@@ -31,6 +31,7 @@ VERBS = {
     "compress": Verb("compress", "Factorize a model's matrices to a target size."),
     "eval": Verb("eval", "Score models, dense or compressed, side by side."),
     "bench": Verb("bench", "Measure speed and memory of models, dense or compressed, side by side."),
+    "export": Verb("export", "Write a model in a form that other tools take."),
     "scale": Verb("scale", "Take settings tuned on a small model to a wide and deep one."),
     "report": Verb("report", "Put results side by side, in one HTML page."),
     "quickstart": Verb("quickstart", "Train, analyze, compress and score small models, start to end."),

@@ -63,6 +63,7 @@ def test_the_names_are_those_of_the_tables() -> None:
         (["compress", "model", "--objective", "anch"], ["anchored", "anchored-two-sided"]),
         (["compress", "model", "--text", "std"], ["stdlib"]),
         (["compress", "model", "--device", "c"], ["cpu", "cuda"]),
+        (["export", "model", "--to", "d"], ["dense"]),
         (["scale", "t"], ["table"]),
         (["scale", "table", "--depth-rule", "k"], ["k2", "k1"]),
         (["eval", "one", "two", "--no-p"], ["--no-perplexity"]),

@@ -63,6 +63,7 @@ NOT_RUN = {
     "vllm serve": "vLLM is not installed",
     "python evals/run.py": "data that is not in the repository",
     "python examples/": "tests/test_examples.py runs each",
+    "lowrank export model-half --to onnx": "seconds, and packages of its own; tests/serving/test_export_onnx.py",
     "lowrank eval quickstart": "a folder of lowrank quickstart; tests/cli/test_eval.py scores such tasks",
     "eval": "of the shell itself; tests/cli/test_completion.py",
 }

@@ -10,6 +10,7 @@ import click
 
 from lowrank_kit.errors import UsageError
 
+from .names import MODEL
 from .options import json_option, output_option, verbosity_options
 from .output import check_new_folder, emit
 
@@ -26,8 +27,10 @@ HEADINGS = {
 
 
 @click.command("analyze")
-@click.argument("model")
-@click.option("--against", metavar="MODEL", default=None, help="A second model with the same matrices, beside it.")
+@click.argument("model", type=MODEL)
+@click.option(
+    "--against", type=MODEL, metavar="MODEL", default=None, help="A second model with the same matrices, beside it."
+)
 @click.option("--all", "every", is_flag=True, default=False, help="A row for every matrix instead of every role.")
 @output_option(required=False)
 @json_option

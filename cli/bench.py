@@ -9,6 +9,7 @@ import click
 
 from lowrank_kit.errors import UsageError
 
+from .names import MODEL
 from .options import common_options, whole_numbers
 from .output import emit
 
@@ -16,7 +17,7 @@ LONGEST_LABEL = 16
 
 
 @click.command("bench")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a prompt.")
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens that follow it.")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .names import ALLOCATIONS, FORMS, MODEL, OBJECTIVES, REFINES, SOURCE, OfferedType
 from .options import (
     AmountType,
     DurationType,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command("compress")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--keep", type=float, default=None, help="Budget: fraction of the numbers to keep, 0 < keep <= 1.")
 @click.option("--params", type=AmountType("numbers"), default=None, help="Budget: most numbers, as 1.2B or 300M.")
 @click.option("--size", type=AmountType("bytes"), default=None, help="Budget: most bytes, as 120MB or 1.2GiB.")
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--objective",
+    type=OfferedType(*OBJECTIVES),
     metavar="NAME",
     default="auto",
     show_default=True,
@@ -45,18 +47,21 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--allocation",
+    type=OfferedType(*ALLOCATIONS),
     metavar="NAME",
     default=None,
     help="Order in which ranks are bought: uniform, erank, lagrange or loss.  [default: auto's, else uniform]",
 )
 @click.option(
     "--form",
+    type=OfferedType(*FORMS),
     metavar="NAME",
     default=None,
     help="Of storage: factors, pivoted, auto for the better one.  [default: auto's, else factors]",
 )
 @click.option(
     "--refine",
+    type=OfferedType(*REFINES),
     metavar="NAME",
     default=None,
     help="Train against the dense model: none, block, e2e, both.  [default: auto's, else none]",
@@ -69,7 +74,9 @@ if TYPE_CHECKING:
 @click.option(
     "--blend", type=float, default=1.0, show_default=True, help="Of anchored: 0 keeps the map, 1 the outputs."
 )
-@click.option("--text", metavar="SOURCE", default=None, help="Calibration: file, folder, hub:NAME[:split] or stdlib.")
+@click.option(
+    "--text", type=SOURCE, metavar="SOURCE", default=None, help="Calibration: file, folder, hub:NAME[:split] or stdlib."
+)
 @click.option("--calibration-blocks", type=int, default=128, show_default=True, help="Sequences of calibration text.")
 @click.option("--check-blocks", type=int, default=16, show_default=True, help="Sequences apart, to measure errors on.")
 @click.option("--refine-blocks", type=int, default=512, show_default=True, help="Sequences apart, to refine on.")

@@ -7,13 +7,16 @@ from typing import Any
 
 import click
 
+from .names import MODEL, SOURCE
 from .options import common_options
 from .output import emit
 
 
 @click.command("eval")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
+@click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
+@click.option(
+    "--text", type=SOURCE, metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default)."
+)
 @click.option(
     "--part",
     type=click.Choice(["auto", "heldout", "all"]),
@@ -25,9 +28,11 @@ from .output import emit
 @click.option("--blocks", type=click.IntRange(1), default=256, show_default=True, help="Most sequences to score.")
 @click.option("--block-tokens", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a sequence.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences in a forward pass.")
-@click.option("--reference", metavar="MODEL", default=None, help="Measure the divergence (KL) from this model.")
+@click.option(
+    "--reference", type=MODEL, metavar="MODEL", default=None, help="Measure the divergence (KL) from this model."
+)
 @click.option("--tasks", metavar="A,B", default="", help="lm-eval tasks.")
-@click.option("--include-path", metavar="DIR", default=None, help="Folder with further lm-eval tasks.")
+@click.option("--include-path", type=MODEL, metavar="DIR", default=None, help="Folder with further lm-eval tasks.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Most documents of a task.")
 @common_options
 def command(

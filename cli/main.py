@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from lowrank_kit.errors import DoesNotFitError, LowRankError, UsageError, did_you_mean
 
@@ -30,9 +31,11 @@ VERBS = {
     "compress": Verb("compress", "Factorize a model's matrices to a target size."),
     "eval": Verb("eval", "Score models, dense or compressed, side by side."),
     "bench": Verb("bench", "Measure speed and memory of models, dense or compressed, side by side."),
+    "export": Verb("export", "Write a model in a form that other tools take."),
     "scale": Verb("scale", "Take settings tuned on a small model to a wide and deep one."),
     "report": Verb("report", "Put results side by side, in one HTML page."),
     "quickstart": Verb("quickstart", "Train, analyze, compress and score small models, start to end."),
+    "completion": Verb("completion", "Print what makes a shell complete verbs, options and names."),
     "env": Verb("env", "Describe this machine and its packages, to paste into a bug report."),
 }
 
@@ -76,6 +79,11 @@ class LazyGroup(click.Group):
         if not word.startswith("-") and word not in VERBS and not ctx.resilient_parsing:
             raise UsageError(f'no such verb "{word}"', hint=did_you_mean(word, VERBS))
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs, from the table alone: no verb is imported; click's own would import every one."""
+        verbs = [CompletionItem(name, help=verb.help) for name, verb in VERBS.items() if name.startswith(incomplete)]
+        return verbs + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from .output import setup_logging
 
@@ -29,6 +30,10 @@ class DeviceType(click.ParamType):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             self.fail(f"{value!r} is not one of auto, cpu, mps, cuda, cuda:N.", param, ctx)
         return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that begin so."""
+        return [CompletionItem(name) for name in ("auto", "cpu", "mps", "cuda") if name.startswith(incomplete)]
 
 
 # Numbers go by thousands; bytes too, and those with an i by 1024.

@@ -26,7 +26,10 @@ CHATTY = (
     "lm_eval",
     "matplotlib",
     "py.warnings",
+    "onnx_ir",
+    "onnxscript",
     "torch",
+    "torch.onnx._internal.exporter._registration",  # which torch does not silence with the rest of it
     "transformers",
     "urllib3",
 )

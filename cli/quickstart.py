@@ -6,13 +6,19 @@ from pathlib import Path
 
 import click
 
+from .names import QUICKSTART_SIZES, OfferedType
 from .options import json_option, seed_option, verbosity_options
 from .output import check_new_folder, emit
 
 
 @click.command("quickstart")
 @click.option(
-    "--size", metavar="NAME", default="small", show_default=True, help="small (under 5 minutes on 2 cores) or tiny."
+    "--size",
+    type=OfferedType(*QUICKSTART_SIZES),
+    metavar="NAME",
+    default="small",
+    show_default=True,
+    help="small (under 5 minutes on 2 cores) or tiny.",
 )
 @click.option(
     "-o",

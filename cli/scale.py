@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .names import DEPTH_RULES, OPTIMIZERS, PRESET_OR_FILE, SOURCE, OfferedType
 from .options import device_option, json_option, output_option, seed_option, verbosity_options, whole_numbers
 from .output import check_new_folder, emit
 from .scale_sweep import command as sweep
@@ -29,7 +30,12 @@ NO_MATRICES = ("embedding", "head", "router", "bias", "gain")
 
 
 depth_option = click.option(
-    "--depth-rule", metavar="NAME", default="k2", show_default=True, help="k2, k1 or none (width alone)."
+    "--depth-rule",
+    type=OfferedType(*DEPTH_RULES),
+    metavar="NAME",
+    default="k2",
+    show_default=True,
+    help="k2, k1 or none (width alone).",
 )
 
 
@@ -46,9 +52,22 @@ command.add_command(sweep)
 
 
 @command.command("table")
-@click.option("--base", metavar="MODEL", required=True, help="What was tuned: a preset, a folder or a config.json.")
-@click.option("--target", metavar="MODEL", required=True, help="What is to be trained, likewise.")
-@click.option("--optimizer", metavar="NAME", default="numuon", show_default=True, help="Of the matrices; see below.")
+@click.option(
+    "--base",
+    type=PRESET_OR_FILE,
+    metavar="MODEL",
+    required=True,
+    help="What was tuned: a preset, a folder or a config.json.",
+)
+@click.option("--target", type=PRESET_OR_FILE, metavar="MODEL", required=True, help="What is to be trained, likewise.")
+@click.option(
+    "--optimizer",
+    type=OfferedType(*OPTIMIZERS),
+    metavar="NAME",
+    default="numuon",
+    show_default=True,
+    help="Of the matrices; see below.",
+)
 @depth_option
 @click.option("--lr", type=float, default=None, help="Of the base's matrices; left out, ratios to it are printed.")
 @click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, --lr.")
@@ -125,6 +144,7 @@ def _absolute(rule: MuP, given: dict[str, float | None]) -> list[dict[str, Any]]
 @command.command("check")
 @click.option(
     "--model-config",
+    type=PRESET_OR_FILE,
     metavar="PRESET|FILE",
     default="1m",
     show_default=True,
@@ -136,13 +156,22 @@ def _absolute(rule: MuP, given: dict[str, float | None]) -> list[dict[str, Any]]
 @click.option(
     "--depths", metavar="A,B,...", default="4,8,16", show_default=True, callback=whole_numbers, help="Likewise."
 )
-@click.option("--optimizer", metavar="NAME", default="muon", show_default=True, help="muon, numuon, adamw or sgd.")
+@click.option(
+    "--optimizer",
+    type=OfferedType(*OPTIMIZERS),
+    metavar="NAME",
+    default="muon",
+    show_default=True,
+    help="muon, numuon, adamw or sgd.",
+)
 @depth_option
 @click.option("--lr", type=float, default=None, help="Constant learning rate; left out, see below.")
 @click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, see below.")
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Optimizer steps.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many; means are checked.")
-@click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
+@click.option(
+    "--text", type=SOURCE, metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default)."
+)
 @output_option(required=False)
 @seed_option
 @device_option

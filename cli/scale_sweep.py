@@ -10,6 +10,7 @@ import click
 
 from lowrank_kit.errors import CheckFailedError, UsageError
 
+from .names import OPTIMIZERS, PRESET_OR_FILE, SOURCE, OfferedType
 from .options import device_option, json_option, output_option, verbosity_options, whole_numbers
 from .output import check_new_folder, emit
 
@@ -41,18 +42,33 @@ def _rates(context: click.Context, parameter: click.Parameter, value: str) -> tu
 
 
 @click.command("sweep")
-@click.option("--model-config", metavar="PRESET|FILE", required=True, help="The base: a preset of train, or a config.")
+@click.option(
+    "--model-config",
+    type=PRESET_OR_FILE,
+    metavar="PRESET|FILE",
+    required=True,
+    help="The base: a preset of train, or a config.",
+)
 @click.option("--widths", metavar="A,B", default=None, callback=whole_numbers, help="Widths, at the base's depth.")
 @click.option("--depths", metavar="A,B", default=None, callback=whole_numbers, help="Blocks, at the base's width.")
 @click.option(
     "--lrs", metavar="LOW:HIGH[:STEP]", default="-10:-4", show_default=True, callback=_rates, help="log2 of the rates."
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many, from 0 on.")
-@click.option("--optimizer", metavar="NAME", default="numuon", show_default=True, help="numuon, muon, adamw or sgd.")
+@click.option(
+    "--optimizer",
+    type=OfferedType(*OPTIMIZERS),
+    metavar="NAME",
+    default="numuon",
+    show_default=True,
+    help="numuon, muon, adamw or sgd.",
+)
 @click.option("--steps", type=int, default=100, show_default=True, help="Optimizer steps of each training.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a step.")
 @click.option("--block-tokens", type=int, default=32, show_default=True, help="Tokens in a sequence.")
-@click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
+@click.option(
+    "--text", type=SOURCE, metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default)."
+)
 @click.option("--vocab-size", type=int, default=512, show_default=True, help="Of a new BPE.")
 @click.option(
     "--control-seeds",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .names import DEPTH_RULES, LR_SCHEDULES, MODEL, OPTIMIZERS, PACKINGS, PRESET_OR_FILE, SOURCE, TOPK, OfferedType
 from .options import device_option, given_parameters, json_option, output_option, seed_option, verbosity_options
 from .output import check_new_folder, emit
 
@@ -23,26 +24,66 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 
 
 @click.command("train")
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=MODEL)
 @click.option(
-    "--model-config", metavar="PRESET|FILE", default=None, help="Train from scratch: a preset, see below, or a config."
+    "--model-config",
+    type=PRESET_OR_FILE,
+    metavar="PRESET|FILE",
+    default=None,
+    help="Train from scratch: a preset, see below, or a config.",
 )
-@click.option("--optimizer", metavar="NAME", default="numuon", show_default=True, help="numuon, muon, adamw or sgd.")
+@click.option(
+    "--optimizer",
+    type=OfferedType(*OPTIMIZERS),
+    metavar="NAME",
+    default="numuon",
+    show_default=True,
+    help="numuon, muon, adamw or sgd.",
+)
 @click.option("--lr", type=float, default=None, help="Peak learning rate; left out, the optimizer's default.")
 @click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, --lr.")
 @click.option("--rank", metavar="SCHEDULE", default=None, help="Of numuon: see below.")
-@click.option("--topk", metavar="NAME", default="warm", show_default=True, help="How numuon finds its step: see below.")
+@click.option(
+    "--topk",
+    type=OfferedType(*TOPK),
+    metavar="NAME",
+    default="warm",
+    show_default=True,
+    help="How numuon finds its step: see below.",
+)
 @click.option("--spectral-decay", type=float, default=None, help="Lowers all singular values of the matrices.")
 @click.option(
     "--override", "overrides", metavar="PATTERN=RULE", multiple=True, help="By name, once or more often: see below."
 )
-@click.option("--mup-base", metavar="DIR|FILE|PRESET", default=None, help="Smaller model the settings were tuned on.")
-@click.option("--mup-depth-rule", metavar="RULE", default="k2", show_default=True, help="k2, k1 or none: see below.")
+@click.option(
+    "--mup-base",
+    type=PRESET_OR_FILE,
+    metavar="DIR|FILE|PRESET",
+    default=None,
+    help="Smaller model the settings were tuned on.",
+)
+@click.option(
+    "--mup-depth-rule",
+    type=OfferedType(*DEPTH_RULES),
+    metavar="RULE",
+    default="k2",
+    show_default=True,
+    help="k2, k1 or none: see below.",
+)
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--tokens", type=int, default=None, help="Training tokens, in place of --steps.")
-@click.option("--text", metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default).")
+@click.option(
+    "--text", type=SOURCE, metavar="SOURCE", default=None, help="File, folder, hub:NAME[:split] or stdlib (default)."
+)
 @click.option("--stream/--no-stream", default=None, help="Tokens from files in the cache; left out: see below.")
-@click.option("--packing", metavar="NAME", default="blocks", show_default=True, help="blocks or documents: see below.")
+@click.option(
+    "--packing",
+    type=OfferedType(*PACKINGS),
+    metavar="NAME",
+    default="blocks",
+    show_default=True,
+    help="blocks or documents: see below.",
+)
 @click.option(
     "--lora", metavar="RANK", type=int, default=None, help="Train LoRA adapters of this rank, not MODEL itself."
 )
@@ -51,10 +92,17 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes in a step.")
 @click.option("--block-tokens", type=int, default=256, show_default=True, help="Tokens in a sequence.")
-@click.option("--tokenizer", metavar="DIR", default=None, help="A tokenizer; left out, the model's or a new BPE.")
+@click.option(
+    "--tokenizer", type=MODEL, metavar="DIR", default=None, help="A tokenizer; left out, the model's or a new BPE."
+)
 @click.option("--vocab-size", type=int, default=4096, show_default=True, help="Of a new BPE.")
 @click.option(
-    "--lr-schedule", metavar="NAME", default="cosine", show_default=True, help="cosine, linear, constant or wsd."
+    "--lr-schedule",
+    type=OfferedType(*LR_SCHEDULES),
+    metavar="NAME",
+    default="cosine",
+    show_default=True,
+    help="cosine, linear, constant or wsd.",
 )
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
 @click.option("--decay-share", type=float, default=0.2, show_default=True, help="Of wsd: share of the steps.")

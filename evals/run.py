@@ -27,18 +27,23 @@ from lowrank_kit.training.trainer import Terminated
 INTERRUPTED = 130
 
 
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("name", nargs="?", help="of the experiment")
+    made.add_argument("--form", default="small", help="small (default) or full")
+    made.add_argument("--work", type=Path, default=Path("evals-work"), help="folder of steps and models")
+    made.add_argument("--minutes", type=float, help="end after so long; the same command goes on")
+    made.add_argument("--jobs", type=int, default=1, help="processes beside each other, which share the cores")
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--list", action="store_true", help="the experiments there are")
+    made.add_argument("--show", action="store_true", help="tables and pictures of the results there are")
+    return made
+
+
 def main() -> int:
     """Parse, run, and tell errors in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", help="of the experiment")
-    parser.add_argument("--form", default="small", help="small (default) or full")
-    parser.add_argument("--work", type=Path, default=Path("evals-work"), help="folder of steps and models")
-    parser.add_argument("--minutes", type=float, help="end after so long; the same command goes on")
-    parser.add_argument("--jobs", type=int, default=1, help="processes beside each other, which share the cores")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--list", action="store_true", help="the experiments there are")
-    parser.add_argument("--show", action="store_true", help="tables and pictures of the results there are")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     if arguments.list or arguments.name is None:
         print("\n".join(experiments.names()))
         return 0

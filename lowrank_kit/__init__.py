@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lowrank_kit.matrices import find_matrices as find_matrices
     from lowrank_kit.optim.numuon import NuMuon as NuMuon
     from lowrank_kit.optim.routing import parameter_groups as parameter_groups
+    from lowrank_kit.serving.export import export as export
+    from lowrank_kit.serving.exports.base import ExportSettings as ExportSettings
     from lowrank_kit.training.run import train as train
 
 __version__ = version("lowrank-kit")
@@ -29,11 +31,13 @@ __version__ = version("lowrank-kit")
 # Public name -> where it lives, imported on first use: this package must import in milliseconds.
 _PUBLIC = {
     "CompressSettings": "lowrank_kit.compression.settings",
+    "ExportSettings": "lowrank_kit.serving.exports.base",
     "LowRankLinear": "lowrank_kit.layers.linear",
     "NuMuon": "lowrank_kit.optim.numuon",
     "PivotedLinear": "lowrank_kit.layers.pivoted",
     "calibrate": "lowrank_kit.compression.calibration",
     "compress": "lowrank_kit.compression.run",
+    "export": "lowrank_kit.serving.export",
     "find_matrices": "lowrank_kit.matrices",
     "fuse": "lowrank_kit.layers.fused",
     "parameter_groups": "lowrank_kit.optim.routing",
@@ -41,11 +45,13 @@ _PUBLIC = {
 }
 __all__ = [
     "CompressSettings",
+    "ExportSettings",
     "LowRankLinear",
     "NuMuon",
     "PivotedLinear",
     "calibrate",
     "compress",
+    "export",
     "find_matrices",
     "fuse",
     "parameter_groups",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -54,3 +55,22 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if close:
         return f'did you mean "{close[0]}"?'
     return "choose from: " + ", ".join(known)
+
+
+def need_packages(names: Iterable[str], *, extra: str, wanted_by: str) -> None:
+    """Refuse what takes packages that are not installed.
+
+    Args:
+        names: of packages, as they are imported.
+        extra: of lowrank-kit, that brings them.
+        wanted_by: what asks for them, as the user wrote it.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"{wanted_by} needs the package {name}, which is not installed",
+                hint=f"pip install 'lowrank-kit[{extra}]'",
+            )

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 from click.testing import CliRunner
 
@@ -57,6 +59,26 @@ def test_compress_and_load(tiny_llama_folder: Path, tmp_path: Path, capsys: pyte
     text = load("compress_and_load").main(str(tiny_llama_folder), str(tmp_path / "half"))
     assert text.startswith("def main(")
     assert "of the matrices" in capsys.readouterr().out
+
+
+def test_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells in order, in one namespace: what they do needs no kernel, and IPython brings thirty packages."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for place, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None), "clear the outputs"
+            exec(compile("".join(cell["source"]), f"tour.ipynb, cell {place}", "exec"), names)
+    plt.close("all")
+    told = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"step +\d+  loss ([\d.]+)", told)]
+    divergences = [float(nats) for nats in re.findall(r"perplexity [\d.]+  KL ([\d.]+)", told)]
+    assert losses[-1] < losses[0] - 0.5
+    assert divergences[0] == 0 < divergences[1] < divergences[2] < divergences[3]
+    assert "in_features=64, out_features=176, rank=" in told
+    assert not names["folder"].exists()
 
 
 def test_every_recipe_has_a_test() -> None:

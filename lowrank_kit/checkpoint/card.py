@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -70,6 +71,83 @@ are what they were.
 """
 
 
+def dense_card(*, base_model: str, reported: bool, bytes_before: int, nbytes: int) -> str:
+    """Text of the model card of a compressed model whose factors were multiplied.
+
+    Args:
+        base_model: hub name or folder name of the compressed model.
+        reported: whether the compressed model's compression.json stands beside the card.
+        bytes_before, nbytes: of the weights' files, of the compressed and of this model.
+    """
+    report = " `compression.json` is that of the compressed model." if reported else ""
+    return f"""{_head(base_model)}
+# {base_model}, as a dense model
+
+The factors of {base_model}, a model that lowrank-kit has compressed, multiplied: a plain model of its architecture,
+which any tool loads, with the outputs of the compressed one up to rounding. Its matrices are of low rank still, and no
+longer stored so: {nbytes:,} bytes of weights, where the compressed model has {bytes_before:,}.
+
+`export.json` has the rank of each matrix, and versions.{report}
+"""
+
+
+def adapter_card(*, base_model: str, model: str, rank: int, error: float, left_out: int) -> str:
+    """Text of the model card of adapters that are a difference of two models.
+
+    Args:
+        base_model: hub name or folder name of the base, as the user gave it.
+        model: of the model that differs from it.
+        rank: of the adapters.
+        error: share of the differences that the adapters leave out, in norm.
+        left_out: tensors that differ and that no adapter holds.
+    """
+    rest = f" {left_out} tensors differ too that adapters do not hold, and stay as in the base." if left_out else ""
+    return f"""{_head(base_model, "lora", library="peft")}
+# {model} as adapters for {base_model}
+
+LoRA adapters of rank {rank}: for each matrix the best approximation of what it is in {model} less what it is in
+{base_model}. Of the differences they leave out {100 * error:.1f} %, in Frobenius norm over all matrices.{rest}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_model}"), "path/to/this/folder")
+```
+
+`export.json` has the same per matrix, and versions.
+"""
+
+
+def graph_card(*, base_model: str, graph: str, inputs: Sequence[str], output: str) -> str:
+    """Text of the model card of a graph for onnxruntime.
+
+    Args:
+        base_model: hub name or folder name of the model it was made of.
+        graph: its file.
+        inputs, output: their names.
+    """
+    feed = ", ".join(f'"{name}": encoded["{name}"]' for name in inputs)
+    return f"""{_head(base_model, "onnx", library="onnx")}
+# {base_model} as a graph for onnxruntime
+
+`{graph}` goes from {" and ".join(f"`{name}`" for name in inputs)} [batch, sequence] to `{output}`
+[batch, sequence, vocabulary], for any number and length of sequences. It has no cache of keys and values. Layers of low
+rank are two products.
+
+```python
+import onnxruntime
+from transformers import AutoTokenizer
+
+encoded = AutoTokenizer.from_pretrained("path/to/this/folder")(["Some text"], return_tensors="np")
+session = onnxruntime.InferenceSession("path/to/this/folder/{graph}")
+(logits,) = session.run(["{output}"], {{{feed}}})
+```
+
+`config.json` is that of the model. `export.json` has by how much logits differed when the graph was made, and versions.
+"""
+
+
 _LOADING = """\
 ```python
 import lowrank_kit  # registers the format
@@ -81,8 +159,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 Without the import, loading stops with an error about shapes. Do not pass `ignore_mismatched_sizes=True`."""
 
 
-def _head(base_model: str, *tags: str) -> str:
-    data = ModelCardData(
-        base_model=base_model, library_name="transformers", tags=["lowrank-kit", "low-rank", "compressed", *tags]
-    )
+def _head(base_model: str, *tags: str, library: str = "transformers") -> str:
+    tags = ("low-rank", "compressed", *tags) if library == "transformers" else tags
+    data = ModelCardData(base_model=base_model, library_name=library, tags=["lowrank-kit", *tags])
     return f"---\n{data.to_yaml()}\n---"

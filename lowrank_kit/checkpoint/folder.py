@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -121,6 +122,17 @@ class Checkpoint:
 
     @cached_property
     def _matrices(self) -> list[StoredMatrix]:
+        self.quantization()  # refuses a newer format
+        with self._named():
+            return stored_matrices(self.meta_model(), self.headers, head=self.head)
+
+    def quantization(self) -> LowRankConfig:
+        """What config.json says of matrices of low rank; of a dense model that there are none.
+
+        Raises:
+            UsageError: a checkpoint that is quantized by another method.
+            LowRankError: a newer format version.
+        """
         quantization = self.config.get("quantization_config") or {"quant_method": QUANT_METHOD}
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method != QUANT_METHOD:
@@ -128,9 +140,14 @@ class Checkpoint:
                 f"{self.path}: the weights are quantized with {method}, their numbers are codes and not matrices",
                 hint="use the unquantized model",
             )
+        with self._named():
+            return LowRankConfig(**quantization)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Inside, errors are told with the folder's name."""
         try:
-            LowRankConfig(**quantization)  # refuses a newer format
-            return stored_matrices(self.meta_model(), self.headers, head=self.head)
+            yield
         except LowRankError as error:
             raise type(error)(f"{self.path}: {error.message}", hint=error.hint) from error
 

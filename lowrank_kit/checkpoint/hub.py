@@ -53,6 +53,11 @@ def resolve_model(model: str) -> Path:
     return folder
 
 
+def model_name(model: str | Path) -> str:
+    """What a model is called in cards: the last part of a folder's path, or the name on the hub."""
+    return Path(model).absolute().name if Path(model).is_dir() else str(model)
+
+
 def resolve_config(model: str) -> Path:
     """The folder of a model, where of a model on the hub config.json may be all there is.
 

@@ -67,8 +67,9 @@ class StoredMatrix:
 
     @property
     def disk_path(self) -> str:
-        """What the names of its tensors on disk begin with."""
-        return self.tensors[0].removesuffix(".weight")
+        """What the names of its tensors on disk begin with; of experts of low rank, all of theirs."""
+        leaf = COMPRESSED_LEAVES.get(self.form, (self.tensors[0].rpartition(".")[2],))[0]
+        return self.tensors[0].removesuffix(f".{leaf}")
 
     @property
     def compressed(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank_kit.checkpoint.card import compressed_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE
+from lowrank_kit.checkpoint.hub import model_name
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
 from lowrank_kit.compression.forms import TITLES
 from lowrank_kit.compression.objectives import OBJECTIVES
@@ -96,7 +97,7 @@ def write_documents(folder: Path, plan: Plan, report: dict[str, Any]) -> None:
     if plan.settings.keeps:
         write_recipe(folder, plan.settings.keeps)
     card = compressed_card(
-        base_model=Path(report["model"]).name if Path(report["model"]).is_dir() else report["model"],
+        base_model=model_name(report["model"]),
         summary=size_rows(plan.totals()),
         matrices=role_rows(report["matrices"]),
         how=_how(plan.settings, report),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
+from lowrank_kit.checkpoint.beside import copy_beside
+from lowrank_kit.checkpoint.folder import CONFIG_FILE, Checkpoint
 from lowrank_kit.checkpoint.loading import load_model
 from lowrank_kit.checkpoint.writer import Shard, write_shards
 from lowrank_kit.compression.auto import Choice, choose
@@ -38,11 +39,6 @@ from lowrank_kit.report.tables import duration
 
 logger = logging.getLogger(__name__)
 
-# Files of a model folder that are not made anew: tokenizer, generation settings, chat template.
-COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-NOT_COPIED = (CONFIG_FILE, REPORT_FILE, "run.json")
-# Indices of the source's shards, in whatever format.
-INDEX_SUFFIX = ".index.json"
 LOG_FILE = "compression.jsonl"
 
 
@@ -188,10 +184,7 @@ def _write(plan: Plan, kept: Kept, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write_shards(folder, list(plan.shards), _filler(plan, kept))
-    for file in plan.checkpoint.path.iterdir():
-        wanted = file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED
-        if wanted and file.is_file() and not file.name.endswith(INDEX_SUFFIX):
-            shutil.copyfile(file, folder / file.name)
+    copy_beside(plan.checkpoint.path, folder)
 
 
 def _filler(plan: Plan, kept: Kept) -> Callable[[Shard], Iterator[tuple[str, Tensor]]]:

@@ -32,7 +32,9 @@ SIGNS: Mapping[str, frozenset[str]] = {
 }
 NAMES = {f"{kind}.json": kind for kind in ("run", "compression", "spectra", "check", "sweep")}
 # Of a checkpoint, and large.
-_OTHERS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
+_OTHERS = {
+    f"{name}.json" for name in ("config", "generation_config", "tokenizer", "tokenizer_config", "vocab", "export")
+}
 _WHAT = (
     "what lowrank train, analyze, compress and scale write, lowrank eval or bench --json > FILE.json, or an "
     "experiment's results"
@@ -102,15 +104,17 @@ def reading(one: Found) -> Iterator[None]:
 def _files(top: Path) -> Iterator[Path]:
     """JSON files below a folder; hidden folders, checkpoints and what is not finished are passed over.
 
-    So is the compression.json that a run took over from the compressed model it trained: its errors are of before.
+    So is the compression.json that a run or an export took over from a compressed model: its errors are of before the
+    training, or its bytes not those of the folder.
     """
     count = 0
-    for folder, below, names in os.walk(top):
+    for folder, below, listed in os.walk(top):
         depth = len(Path(folder).relative_to(top).parts)
         passed = {name for name in below if name.startswith(".") or name.endswith(".partial") or name == "checkpoints"}
         below[:] = sorted(set(below) - passed) if depth < MOST_LEVELS else []
+        names = set(listed)
         for name in sorted(names):
-            taken_over = name == "compression.json" and "run.json" in names
+            taken_over = name == "compression.json" and not names.isdisjoint(("run.json", "export.json"))
             if name.endswith(".json") and not name.startswith(".") and name not in _OTHERS and not taken_over:
                 count += 1
                 if count > MOST_FILES:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.checkpoint.card import trained_card
 from lowrank_kit.checkpoint.folder import REPORT_FILE
-from lowrank_kit.checkpoint.hub import resolve_config
+from lowrank_kit.checkpoint.hub import model_name, resolve_config
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD
 from lowrank_kit.report.files import write_text
 from lowrank_kit.training.settings import TrainSettings
@@ -32,6 +32,7 @@ def take_along(settings: TrainSettings, model: PreTrainedModel, output: Path) ->
     report = base / REPORT_FILE
     if report.is_file():
         shutil.copyfile(report, output / REPORT_FILE)
-    name = base.name if Path(settings.model).is_dir() else settings.model
-    card = trained_card(base_model=name, adapters=settings.lora is not None, reported=report.is_file())
+    card = trained_card(
+        base_model=model_name(settings.model), adapters=settings.lora is not None, reported=report.is_file()
+    )
     write_text(output / "README.md", card)

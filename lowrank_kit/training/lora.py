@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_kit.errors import LowRankError, UsageError
+from lowrank_kit.errors import LowRankError, UsageError, need_packages
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.training.settings import TrainSettings
 
@@ -29,12 +29,7 @@ def check_peft() -> None:
     Raises:
         UsageError: it is not.
     """
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "--lora needs the package peft, which is not installed", hint='pip install peft, or ".[lora]" in a clone'
-        ) from None
+    need_packages(["peft"], extra="lora", wanted_by="--lora")
 
 
 def add_adapters(model: PreTrainedModel, settings: TrainSettings) -> PreTrainedModel:

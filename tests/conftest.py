@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -31,6 +32,12 @@ from tests.process import same_process  # noqa: E402
 
 # Two OpenMP threads on a busy two-core machine spend their time in barriers.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_no_garbage() -> None:
+    """transformers collects garbage in each training: what was imported is not looked at again every time."""
+    gc.freeze()
 
 
 @pytest.fixture

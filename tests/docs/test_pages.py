@@ -9,7 +9,6 @@ import gc
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def llama(path: Path, *, width: int, blocks: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages begin with, made by the quickstart's commands."""
     folder = tmp_path_factory.mktemp("shelf")
     write_pages(folder / "pages.jsonl", num_pages=60)
@@ -76,7 +75,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("tiny.json", "large.json"):
         llama(folder / name, width=32, blocks=2)
     walk = Walk(folder)
-    gc.freeze()  # transformers collects garbage in every training: not among all that has been imported
     for block in shell_blocks(ROOT / "docs" / "quickstart.md"):
         for command in commands(block):
             if command.words[-2:-1] == ("-o",) and command.words[-1] in ("model", "model-whiten", "model-half"):
@@ -84,9 +82,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # A tokenizer that was made here has no chat template.
     for model in ("model", "model-half"):
         (folder / model / "chat_template.jinja").write_text(TEMPLATE)
-    gc.freeze()
-    yield folder
-    gc.unfreeze()
+    gc.freeze()  # what the first commands have imported, see tests/conftest.py
+    return folder
 
 
 def shell_blocks(page: Path) -> list[Block]:

@@ -61,8 +61,8 @@ def to_codes(W_OI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         W_OI: [O, I], any float dtype, finite.
         dtype: of the scale, which is rounded before the codes are made of it.
     """
-    W_OI = W_OI.double()
+    W_OI = W_OI.to(torch.promote_types(W_OI.dtype, torch.float32))
     scale_O1 = (W_OI.abs().amax(1, keepdim=True) / LARGEST_CODE).to(dtype)
     scale_O1 = torch.where(scale_O1 > 0, scale_O1, torch.ones_like(scale_O1))
-    codes_OI = (W_OI / scale_O1.double()).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+    codes_OI = (W_OI / scale_O1.to(W_OI.dtype)).round().clamp(-LARGEST_CODE, LARGEST_CODE)
     return codes_OI.to(torch.int8), scale_O1

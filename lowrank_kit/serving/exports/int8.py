@@ -1,8 +1,8 @@
 """A compressed model with factors of 8-bit codes: `from_pretrained` takes it where lowrank-kit is imported.
 
 A model has one method of quantization in transformers, which is its loader: with torchao's a folder would no longer be
-a compressed one. So the codes are those of this format's own layers, symmetric and with one scale for each row, as
-torchao's `Int8WeightOnlyConfig` has them.
+a compressed one. So the codes are those of this format's own layers, symmetric and with one scale for each row, as of
+torchao's `Int8WeightOnlyConfig`, but from -127 to 127, with 127 for the largest number, where it has 127.5.
 """
 
 from __future__ import annotations

@@ -77,5 +77,5 @@ def _role_rows(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "rank": "-".join(dict.fromkeys(str(rank) for rank in (ranks[0], ranks[-1]))),
         }
         errors = [m["relative_error"] for m in here if "relative_error" in m]
-        rows.append(row | ({"left out": sum(errors) / len(errors)} if errors else {}))
+        rows.append(row | ({"error": sum(errors) / len(errors)} if errors else {}))
     return rows

@@ -49,10 +49,7 @@ def agreed(checkpoint: Checkpoint) -> Checkpoint:
 
 def rank_of(checkpoint: Checkpoint, stored: StoredMatrix) -> int | None:
     """Rank of a matrix as it is stored; None of a dense one."""
-    if not stored.compressed:
-        return None
-    A = next(checkpoint.headers[name] for name in stored.tensors if name.removesuffix(".weight").endswith(".A"))
-    return A.shape[-2]
+    return checkpoint.headers[stored.A].shape[-2] if stored.compressed else None
 
 
 def _name(stored: StoredMatrix) -> str:

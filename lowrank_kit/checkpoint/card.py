@@ -91,6 +91,27 @@ longer stored so: {nbytes:,} bytes of weights, where the compressed model has {b
 """
 
 
+def int8_card(*, base_model: str, bytes_before: int, nbytes: int, worst: float) -> str:
+    """Text of the model card of a compressed model whose factors became 8-bit codes.
+
+    Args:
+        base_model: hub name or folder name of the compressed model.
+        bytes_before, nbytes: of the weights' files, of that model and of this one.
+        worst: largest error of a matrix, relative to its norm.
+    """
+    return f"""{_head(base_model, "int8")}
+# {base_model}, with factors of 8-bit codes
+
+The factors of {base_model}, a model that lowrank-kit has compressed, as 8-bit codes with one scale for each row:
+{nbytes:,} bytes of weights, where that model has {bytes_before:,}. Matrices differ by {100 * worst:.2g} % at most, in
+norm. Everything else is as it was.
+
+{_LOADING}
+
+`export.json` has the error of each matrix, and versions.
+"""
+
+
 def adapter_card(*, base_model: str, model: str, rank: int, error: float, left_out: int) -> str:
     """Text of the model card of adapters that are a difference of two models.
 

@@ -20,7 +20,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_kit.errors import LowRankError
-from lowrank_kit.layers import STACKED, LowRankExperts, LowRankLinear, PivotedLinear, exchange
+from lowrank_kit.layers import (
+    INT8,
+    LAYERS,
+    STACKED,
+    Int8Linear,
+    LowRankExperts,
+    LowRankLinear,
+    PivotedLinear,
+    exchange,
+)
 
 if TYPE_CHECKING:
     # transformers is still being imported when this module is.
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
 QUANT_METHOD = "lowrank"
 # Form of storage -> the format version that brought it. Folders have the lowest that they can do with, so that an older
 # lowrank-kit reads what it can, and refuses the rest.
-FORMS = {"factors": 1, "pivoted": 2, STACKED: 3}
+FORMS = {"factors": 1, "pivoted": 2, STACKED: 3} | {f"{form}{INT8}": 4 for form in LAYERS}
 FORMAT_VERSION = max(FORMS.values())
 
 
@@ -118,12 +127,13 @@ class LowRankQuantizer(HfQuantizer):
         """Tensor parallelism: what is split of a layer's output is split of B's, what of its input, of A's.
 
         A pivoted layer has to have all of its output, so that it stays whole, and with it all beside it: what reads
-        the whole cannot be split either. Experts of low rank stay whole too.
+        the whole cannot be split either. Experts of low rank, and layers of 8-bit codes, stay whole too.
         """
         for experts in _plan_names(model, LowRankExperts):
             for name in [name for name in plan if name == experts or name.startswith(f"{experts}.")]:
                 del plan[name]
-        for parent in {name.rpartition(".")[0] for name in _plan_names(model, PivotedLinear)}:
+        codes = {name.rpartition(".")[0] for name in _plan_names(model, Int8Linear)}
+        for parent in {name.rpartition(".")[0] for name in _plan_names(model, PivotedLinear) | codes}:
             for name in [name for name in plan if name.rpartition(".")[0] == parent]:
                 del plan[name]
         for name in _plan_names(model, LowRankLinear):

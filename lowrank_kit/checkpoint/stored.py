@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lowrank_kit.checkpoint.headers import TensorHeader
 from lowrank_kit.errors import LowRankError, UsageError
-from lowrank_kit.layers import STACKED
+from lowrank_kit.layers import INT8, STACKED
 from lowrank_kit.layers.experts import PROJECTIONS
 from lowrank_kit.linalg.pivot import expand
 from lowrank_kit.matrices import Matrix, find_head, find_matrices, role_of
@@ -29,7 +29,12 @@ from lowrank_kit.matrices import Matrix, find_head, find_matrices, role_of
 # Roles of the two halves of a fused gate_up tensor, in the order in which they are stacked.
 HALVES_OF_GATE_UP = ("gate", "up")
 # Form of storage -> what is stored of a matrix under its path, besides the sentinel.
-COMPRESSED_LEAVES = {"factors": ("B.weight", "A.weight"), "pivoted": ("A.weight", "C.weight", "index")}
+COMPRESSED_LEAVES = {
+    "factors": ("B.weight", "A.weight"),
+    "pivoted": ("A.weight", "C.weight", "index"),
+    f"factors{INT8}": ("B.codes", "A.codes", "B.scale", "A.scale"),
+    f"pivoted{INT8}": ("A.codes", "C.codes", "index", "A.scale", "C.scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ class StoredMatrix:
         matrix: what it is; `matrix.transposed` says how it lies on disk. An expert stored apart from the fused tensor
             it belongs to is named by its path on disk.
         tensors: one name, of a 2-D weight or of a fused 3-D tensor of which `matrix.expert` is one slice;
-            of a compressed matrix two names (B, A), its factors, or three (A, C, index), its pivoted form.
-        form: "dense", "factors", "pivoted", or "stacked": of all experts, of which `matrix.expert` is one slice.
+            of a compressed matrix two names (B, A), its factors, or three (A, C, index), its pivoted form; of codes
+            the two scales behind them.
+        form: "dense", one of `COMPRESSED_LEAVES`, or "stacked": of all experts, of which `matrix.expert` is one slice.
         part, parts: of a compressed expert: which of so many equal runs of its output rows the matrix is.
     """
 
@@ -72,13 +78,21 @@ class StoredMatrix:
         return self.tensors[0].removesuffix(f".{leaf}")
 
     @property
+    def A(self) -> str:
+        """Name of the tensor of a compressed matrix that has as many rows as the rank."""
+        return next(name for name in self.tensors if re.search(r"\.A(\.weight|\.codes)?$", name))
+
+    @property
     def compressed(self) -> bool:
         """Whether something of low rank is stored instead of the weight."""
         return self.form != "dense"
 
     def factors(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """B [out, r] and A [r, in] of a compressed matrix in float64, from the tensors named in `tensors`."""
-        if self.form == "pivoted":
+        if self.form.endswith(INT8):
+            first, second, *others = (tensor.double() for tensor in tensors)
+            tensors = (first * others[-2], second * others[-1], *tensors[2:-2])
+        if self.form.removesuffix(INT8) == "pivoted":
             A, C, index = tensors
             return expand(C.double(), index), A.double()
         B, A = tensors
@@ -323,10 +337,16 @@ def _check_shape(name: str, expected: tuple[int, ...], header: TensorHeader) -> 
 
 def _check_parts(matrix: Matrix, form: str, parts: list[TensorHeader]) -> None:
     rows, columns = matrix.shape
-    A = next(part for part in parts if part.name.endswith(".A.weight"))
+    A = next(part for part in parts if part.name.endswith((".A.weight", ".A.codes")))
     rank = A.shape[0] if A.shape else 0
-    shapes = {"factors": [(rows, rank), (rank, columns)], "pivoted": [(rank, columns), (rows - rank, rank), (rows,)]}
-    if [part.shape for part in parts] != shapes[form]:
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "factors": [(rows, rank), (rank, columns)],
+        "pivoted": [(rank, columns), (rows - rank, rank), (rows,)],
+    }
+    wanted = shapes[form.removesuffix(INT8)]
+    if form.endswith(INT8):
+        wanted += [(wanted[0][0], 1), (wanted[1][0], 1)]
+    if [part.shape for part in parts] != wanted:
         told = " and ".join(f"{part.name} {list(part.shape)}" for part in parts)
         raise LowRankError(
             f"{form} {told} do not make matrix {matrix.name} of shape {list(matrix.shape)}",

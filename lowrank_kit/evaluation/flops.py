@@ -59,9 +59,8 @@ def _product(checkpoint: Checkpoint, stored: StoredMatrix) -> float:
     out, inputs = stored.matrix.shape
     if not stored.compressed:
         return 2.0 * out * inputs
-    A = stored.tensors[0] if stored.form == "pivoted" else stored.tensors[1]
-    rank = checkpoint.headers[A].shape[-2]
-    made = out - rank if stored.form == "pivoted" else out
+    rank = checkpoint.headers[stored.A].shape[-2]
+    made = out - rank if stored.form.startswith("pivoted") else out
     # The halves of a fused gate_up have one A.
     return 2.0 * rank * (inputs / stored.parts + made)
 
@@ -69,6 +68,6 @@ def _product(checkpoint: Checkpoint, stored: StoredMatrix) -> float:
 def _head(checkpoint: Checkpoint, model: PreTrainedModel) -> float:
     head = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
-    if f"{name}.A.weight" in checkpoint.headers:
+    if not {f"{name}.A.weight", f"{name}.A.codes"}.isdisjoint(checkpoint.headers):
         return _product(checkpoint, checkpoint.with_head().matrices()[-1])
     return 2.0 * math.prod(head.weight.shape)

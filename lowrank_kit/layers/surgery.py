@@ -7,11 +7,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers.experts import PROJECTIONS, LowRankExperts, LowRankStack, why_dense
+from lowrank_kit.layers.int8 import Int8Linear
 from lowrank_kit.layers.linear import LowRankLinear
 from lowrank_kit.layers.pivoted import PivotedLinear
 
 # Form of storage -> its layer.
 LAYERS: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
+# What the forms of layers whose factors are 8-bit codes end with.
+INT8 = "-int8"
 # The form of a fused 3-D tensor of experts.
 STACKED = "stacked"
 
@@ -30,7 +33,7 @@ def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors
         model: changed in place.
         name: path of the layer in the model.
         rank: of the new layer.
-        form: of storage, one of `LAYERS`.
+        form: of storage, one of `LAYERS`, or one with `INT8` behind it.
 
     Raises:
         LowRankError: no such layer, not a linear one, or a pivoted one with as many rows as outputs.
@@ -42,9 +45,10 @@ def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors
         out_features, in_features = old.weight.shape
     else:
         raise LowRankError(f"{name} is a {type(old).__name__}, not a linear layer")
-    if form == "pivoted" and rank >= out_features:
+    layer = LAYERS[form.removesuffix(INT8)]
+    if layer is PivotedLinear and rank >= out_features:
         raise LowRankError(f"{name} has {out_features} outputs: a pivoted layer of rank {rank} has no others to make")
-    new = LAYERS[form](
+    new = layer(
         in_features,
         out_features,
         rank,
@@ -52,8 +56,22 @@ def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors
         dtype=old.weight.dtype,
         device=old.weight.device,
     )
+    if form.endswith(INT8):
+        for leaf, factor in list(new.named_children()):
+            new.add_module(leaf, _int8(factor))
     model.set_submodule(name, new)
     return new
+
+
+def _int8(factor: nn.Module) -> Int8Linear:
+    assert isinstance(factor, nn.Linear)
+    return Int8Linear(
+        factor.in_features,
+        factor.out_features,
+        bias=factor.bias is not None,
+        dtype=factor.weight.dtype,
+        device=factor.weight.device,
+    )
 
 
 def exchange_experts(model: nn.Module, name: str, rank: int) -> LowRankStack:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowrank_kit.checkpoint.quantizer import LowRankConfig
 from lowrank_kit.errors import UsageError
-from lowrank_kit.layers import STACKED
+from lowrank_kit.layers import INT8, STACKED
 
 _EXPORT = "lowrank export FOLDER --to dense -o DENSE, which any engine takes"
 
@@ -17,12 +17,15 @@ def check_matrices(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     Raises:
         LowRankError: a newer format version, an unknown form or a rank below 1.
-        UsageError: experts of low rank.
+        UsageError: experts of low rank, or 8-bit codes.
     """
     matrices = LowRankConfig(**config).matrices
     stacked = [name for name, entry in matrices.items() if entry["form"] == STACKED]
     if stacked:
         raise UsageError(f"{stacked[0]}: experts of low rank are not for this engine", hint=_EXPORT)
+    codes = [name for name, entry in matrices.items() if entry["form"].endswith(INT8)]
+    if codes:
+        raise UsageError(f"{codes[0]}: factors of 8-bit codes are not for this engine", hint=_EXPORT)
     return {name: {"rank": entry["rank"], "form": entry["form"]} for name, entry in matrices.items()}
 
 

@@ -10,6 +10,7 @@ from lowrank_kit.checkpoint.hub import resolve_model
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import LowRankConfig, LowRankQuantizer
 from lowrank_kit.errors import DoesNotFitError, UsageError
+from lowrank_kit.layers import INT8
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.training.lora import add_adapters, check_peft
 from lowrank_kit.training.presets import model_config
@@ -84,7 +85,9 @@ def _build(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if settings.model is not None:
         if settings.lora is not None:
             check_peft()
-        model = load_model(Checkpoint.open(settings.model), device=torch.device("cpu"), dtype=torch.float32)
+        checkpoint = Checkpoint.open(settings.model)
+        _refuse_codes(checkpoint)
+        model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
         return model if settings.lora is None else add_adapters(model, settings)
     config = _config(settings, tokenizer, vocab_size=len(tokenizer))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -113,7 +116,18 @@ def outline_model(settings: TrainSettings) -> PreTrainedModel:
         ) from error
 
 
+def _refuse_codes(checkpoint: Checkpoint) -> None:
+    """Refuse factors of 8-bit codes, which no step can change by a little."""
+    entries = checkpoint.quantization().matrices
+    if codes := next((name for name, entry in entries.items() if entry["form"].endswith(INT8)), None):
+        raise UsageError(
+            f"{checkpoint.path}: {codes} has factors of 8-bit codes, which cannot be trained",
+            hint="train the model that lowrank export --to int8 was given, or a dense one",
+        )
+
+
 def _outline_checkpoint(settings: TrainSettings, checkpoint: Checkpoint) -> PreTrainedModel:
+    _refuse_codes(checkpoint)
     model = checkpoint.meta_model().float()
     compressed = checkpoint.config.get("quantization_config")
     if compressed:

@@ -290,8 +290,8 @@ def changed_config(folder: Path, copy: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         (
-            {"format_version": 4},
-            r"format version 4, this lowrank-kit reads up to 3\nhint: pip install --upgrade lowrank-",
+            {"format_version": 5},
+            r"format version 5, this lowrank-kit reads up to 4\nhint: pip install --upgrade lowrank-",
         ),
         ({"format_version": "new"}, "format version 'new'"),
         ({"matrices": {"model.layers.0.mlp.up_proj": {"rank": 4, "form": "folded"}}}, "up_proj .* form 'folded'"),

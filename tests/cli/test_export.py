@@ -28,7 +28,7 @@ def test_dense(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert lines[0].split() == ["role", "matrices", "out", "x", "in", "rank"]
     assert lines[2].split() == ["q", "2", "32", "x", "32", "8"]
     ratio = Checkpoint.open(tmp_path / "dense").nbytes / Checkpoint.open(small).nbytes
-    assert lines[-2].startswith(f"the files grow again, to {ratio:.2f} times the bytes, ")
+    assert lines[-2].startswith(f"the files grow again, to {ratio:.2f} times the bytes: ")
     assert lines[-1].startswith(f"wrote {tmp_path / 'dense'}, weights of ")
     assert captured.err == ""
 
@@ -46,7 +46,7 @@ def test_adapters_as_json(
     }
     assert run([*words, "-o", str(tmp_path / "text")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["role", "matrices", "out", "x", "in", "rank", "left", "out"]
+    assert lines[0].split() == ["role", "matrices", "out", "x", "in", "rank", "error"]
     errors = [row["relative_error"] for row in document["matrices"] if row["role"] == "q"]
     assert float(lines[2].split()[-1]) == pytest.approx(sum(errors) / 2, abs=1e-3)
 

@@ -100,7 +100,7 @@ def test_a_lower_rank_leaves_out_what_it_says(
         assert ((difference - made).norm() / difference.norm()).item() == pytest.approx(best, rel=1e-4)
         left, total = left + (difference - made).square().sum().item(), total + difference.square().sum().item()
     assert record["result"]["relative_error"] == pytest.approx((left / total) ** 0.5, rel=1e-4)
-    assert record["notes"][0].endswith("with a higher --rank less")
+    assert record["notes"][0].endswith("a higher --rank leaves out less")
 
 
 def test_files_and_a_second_export(base: Callable[[str], Path], tuned: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
-"""A model as one ONNX graph, run by onnxruntime."""
+"""A model as one ONNX graph: its experts, and what is refused."""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
@@ -18,40 +16,18 @@ from lowrank_kit.layers import LowRankExperts
 from lowrank_kit.serving.export import export
 from lowrank_kit.serving.exports import onnx as exports_onnx
 from lowrank_kit.serving.exports.base import ExportSettings
-from tests.families import FAMILIES, build, build_from, token_ids
+from tests.families import FAMILIES, build, build_from
 
 ONNX = ExportSettings(to="onnx")
 
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One block of GPT-2, with two factors for each matrix; to make a graph of more takes seconds more."""
+    """One block of GPT-2, with two factors for each matrix."""
     folder = tmp_path_factory.mktemp("models")
     build_from(FAMILIES["gpt2"](n_layer=1)).save_pretrained(folder / "dense")
     compress(folder / "dense", folder / "small", CompressSettings(keep=0.6, objective="plain"))
     return folder / "small"
-
-
-def test_the_graph_has_the_logits_of_the_model(compressed: Path, tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    record = export(compressed, tmp_path / "out", ONNX)
-    assert record["result"]["largest_difference"] < 1e-5
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"model.onnx", "config.json", "generation_config.json", "README.md", "export.json"}
-    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
-    model = AutoModelForCausalLM.from_pretrained(compressed).eval()
-    for batch, length in ((1, 1), (4, 9)):
-        ids = token_ids(batch, length)
-        mask = torch.ones_like(ids)
-        mask[0, : length // 2] = 0
-        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-        wanted = model(input_ids=ids, attention_mask=mask).logits.detach()[mask.bool()]
-        torch.testing.assert_close(torch.from_numpy(found)[mask.bool()], wanted, rtol=0, atol=2e-5)
-    # Four matrices of two factors, the head, queries by keys and scores by values.
-    graph = onnx.load(tmp_path / "out" / "model.onnx")
-    assert Counter(node.op_type for node in graph.graph.node)["MatMul"] == 4 * 2 + 1 + 2
-    assert str(Path(__file__).parents[2]) not in str(graph)
 
 
 def test_experts_without_asking_where_tokens_go() -> None:

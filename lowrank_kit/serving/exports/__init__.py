@@ -15,6 +15,7 @@ KINDS = {
     "dense": "plain weights for tools that do not know low rank",
     "lora": "the difference to a base as PEFT adapters",
     "onnx": "one graph for onnxruntime",
+    "int8": "factors of 8-bit codes",
 }
 
 

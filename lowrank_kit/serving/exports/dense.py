@@ -6,47 +6,24 @@ Shape legend: E experts, O out, I in.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lowrank_kit.checkpoint.agreement import rank_of
 from lowrank_kit.checkpoint.beside import copy_beside
 from lowrank_kit.checkpoint.card import dense_card
-from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint, refuse_non_finite
-from lowrank_kit.checkpoint.reading import TORCH_DTYPES, non_finite
+from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
+from lowrank_kit.checkpoint.reading import TORCH_DTYPES
 from lowrank_kit.checkpoint.stored import Source, StoredMatrix, sources_by_parameter
-from lowrank_kit.checkpoint.writer import Shard, plan_shards, tensor_bytes, write_shards
-from lowrank_kit.device import DTYPES
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import STACKED
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.report.files import write_text
 from lowrank_kit.serving.exports.base import Exported, Kind, Request
-
-_WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the dense folder.
-
-    Args:
-        name, dtype, shape: as the format says them.
-        sources: tensors on disk that it is made of.
-        make: makes it of these; None for one that stays as it is.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    make: Callable[..., Tensor] | None = None
+from lowrank_kit.serving.exports.tensors import WORDS, Output, write_outputs
 
 
 def write_dense(request: Request, folder: Path) -> Exported:
@@ -64,14 +41,7 @@ def write_dense(request: Request, folder: Path) -> Exported:
             hint=f"to make it smaller: lowrank compress {request.model} --keep 0.5 -o SMALL",
         )
     outputs = _outputs(request)
-    shards = plan_shards(
-        ([(out.name, out.dtype, out.shape)] for out in outputs), max_shard_bytes=request.settings.max_shard_bytes
-    )
-    nbytes = sum(shard.nbytes for shard in shards)
-    with tqdm(
-        total=nbytes, desc="export", unit="B", unit_scale=True, disable=None if request.progress else True
-    ) as bar:
-        write_shards(folder, shards, _filler(request, outputs, bar.update))
+    nbytes = write_outputs(request, folder, outputs)
     copy_beside(checkpoint.path, folder)
     write_text(folder / CONFIG_FILE, json.dumps(_config(request), indent=2) + "\n")
     if (report := checkpoint.path / REPORT_FILE).is_file():
@@ -83,8 +53,8 @@ def write_dense(request: Request, folder: Path) -> Exported:
         result={"bytes_before": before, "bytes_after": nbytes},
         matrices=[_row(checkpoint, stored) for stored in compressed],
         notes=[
-            f"the files grow again, to {nbytes / before:.2f} times the bytes, and low rank saves no time here: "
-            "use the compressed folder where a tool can read it"
+            f"the files grow again, to {nbytes / before:.2f} times the bytes: use the compressed folder where a tool "
+            "can read it"
         ],
     )
 
@@ -105,7 +75,7 @@ def _config(request: Request) -> dict[str, object]:
 
 def _outputs(request: Request) -> list[Output]:
     """Every tensor of the dense folder, in the order in which what it is made of lies on disk."""
-    checkpoint, wanted = request.checkpoint, _WORDS.get(request.settings.dtype)
+    checkpoint, wanted = request.checkpoint, WORDS.get(request.settings.dtype)
     made: dict[str, list[Output]] = {}
     dropped: set[str] = set()
     renamed: dict[str, str] = {}
@@ -128,7 +98,7 @@ def _outputs(request: Request) -> list[Output]:
         if header.name in made:
             found |= {out.name: out for out in made[header.name]}
         elif header.name not in dropped:
-            dtype = wanted if wanted and header.dtype in _WORDS.values() else header.dtype
+            dtype = wanted if wanted and header.dtype in WORDS.values() else header.dtype
             name = renamed.get(header.name, header.name)
             found[name] = Output(name, dtype or header.dtype, header.shape, (header.name,))
     return list(found.values())
@@ -136,7 +106,8 @@ def _outputs(request: Request) -> list[Output]:
 
 def _one_dtype(checkpoint: Checkpoint, tensors: tuple[str, ...]) -> str:
     """Number format of the factors of a matrix."""
-    found = {name: checkpoint.headers[name].dtype for name in tensors if not name.endswith(".index")}
+    dtypes = {name: checkpoint.headers[name].dtype for name in tensors}
+    found = {name: dtype for name, dtype in dtypes.items() if not dtype.startswith("I")}  # no codes and no indices
     if len(set(found.values())) > 1:
         raise LowRankError(
             f"{checkpoint.path}: factors of one matrix in several number formats: "
@@ -180,38 +151,4 @@ def _of_experts(experts: list[StoredMatrix], on_disk: list[Source], dtype: str) 
     return [Output(on_disk[0].header.name, dtype, (len(experts), *first.matrix.shape), first.tensors, stack)]
 
 
-def _filler(
-    request: Request, outputs: list[Output], told: Callable[[int], object]
-) -> Callable[[Shard], Iterator[tuple[str, Tensor]]]:
-    """Gives the tensors of a shard, one at a time."""
-    checkpoint = request.checkpoint
-    by_name = {out.name: out for out in outputs}
-
-    def fill(shard: Shard) -> Iterator[tuple[str, Tensor]]:
-        wanted = [by_name[header.name] for header in shard.headers]
-        for sources, group in groupby(wanted, key=lambda out: out.sources):
-            read = dict(checkpoint.tensors(sources))
-            for name, tensor in read.items():
-                refuse_non_finite(checkpoint, name, tensor)
-            for out in group:
-                tensors = [read[name].to(request.device) if out.make else read[name] for name in sources]
-                made = out.make(*tensors) if out.make else tensors[0]
-                made = made.to(TORCH_DTYPES[out.dtype])
-                _refuse_overflow(request, out, made)
-                yield out.name, made
-                told(tensor_bytes(out.dtype, out.shape))
-
-    return fill
-
-
-def _refuse_overflow(request: Request, out: Output, tensor: Tensor) -> None:
-    """What was read is finite, but may be too large for the number format that is written."""
-    if count := non_finite(tensor):
-        raise LowRankError(
-            f"{request.model}: {count:,} of {tensor.numel():,} numbers of {out.name} are too large for {out.dtype}",
-            hint="--dtype float32, or bfloat16",
-        )
-
-
-assert set(_WORDS) == set(DTYPES)
 KIND = Kind(write=write_dense)

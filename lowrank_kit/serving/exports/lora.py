@@ -289,7 +289,7 @@ def _write_config(folder: Path, base: str, rank: int, names: list[str], *, fan_i
 
 def _left_out(found: Differences) -> str:
     told = f"adapters leave out {100 * found.error:.2g} % of the differences, in norm"
-    return f"{told}: with a higher --rank less" if found.truncated else f"{told}, by rounding"
+    return f"{told}; a higher --rank leaves out less" if found.truncated else f"{told}, by rounding"
 
 
 def _told(left_out: Mapping[str, float]) -> str:

@@ -20,10 +20,10 @@ from lowrank_kit.matrices import find_matrices
 from lowrank_kit.optim import NuMuonFactory
 from lowrank_kit.processes import check_same, is_first, num_processes, on_first
 from lowrank_kit.report.environment import environment
-from lowrank_kit.report.files import write_json
+from lowrank_kit.report.files import new_folder, write_json
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.scaling.sidecar import check_rule, save_rule
-from lowrank_kit.training.checkpoints import newest_whole
+from lowrank_kit.training.checkpoints import newest_whole, rotate
 from lowrank_kit.training.compressed import take_along
 from lowrank_kit.training.data import RunData, load_data
 from lowrank_kit.training.estimate import Estimate, check_memory, estimate_run
@@ -106,6 +106,8 @@ def _train(
             hint="take more text, a smaller --batch-size, or one process",
         )
     checkpoint = newest_whole(output / CHECKPOINTS) if previous else None
+    if checkpoint is not None:  # the run may have been killed when one was saved and not yet another removed
+        on_first(lambda: rotate(output / CHECKPOINTS, settings.keep_checkpoints))
     record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model, rule)
     stop = StopWhenTerminated(saves=settings.save_every > 0)
     trainer, log = make_trainer(settings, output, data, model, torch_device, trackers, rule, first=checkpoint is None)
@@ -208,12 +210,12 @@ def _start(
         return record
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"output folder {output} is not empty", hint="give a new one, or resume the run that is in it")
-    output.mkdir(parents=True, exist_ok=True)
-    data.tokenizer.save_pretrained(output)
-    if rule is not None:
-        save_rule(rule, output)
-    take_along(settings, model, output)
-    write_json(output / RUN_FILE, record)
+    with new_folder(output) as folder:  # killed before it is whole, the run is not begun
+        data.tokenizer.save_pretrained(folder)
+        if rule is not None:
+            save_rule(rule, folder)
+        take_along(settings, model, folder)
+        write_json(folder / RUN_FILE, record)
     return record
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.layers import LowRankLinear
 from lowrank_kit.optim.schedule import RankSchedule
+from lowrank_kit.training import checkpoints, run
 from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.run import train
 from lowrank_kit.training.settings import TrainSettings
@@ -242,6 +245,31 @@ def test_a_damaged_checkpoint_is_passed_over(settings_for: Make, tmp_path: Path,
     train(settings, tmp_path / "run", resume=True, device="cpu")
     assert interrupt.steps == [4, 5, 6, 7, 8]
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_killed_before_the_folder_is_whole(settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", lambda *_: os._exit(9))
+        if not (child := os.fork()):
+            with suppress(BaseException):
+                train(settings_for(steps=1), tmp_path / "run", device="cpu")
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "run").exists()
+    train(settings_for(steps=1), tmp_path / "run", device="cpu")
+    assert list(tmp_path.glob(".run*")) == []
+
+
+def test_killed_between_a_checkpoint_and_the_removal_of_another(
+    settings_for: Make, tmp_path: Path, interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(**RESUMABLE, keep_checkpoints=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "rotate", lambda *_: None)
+        stopped_run(settings, tmp_path / "run", 7, interrupt)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    train(settings, tmp_path / "run", resume=True, device="cpu")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-6"]
 
 
 def test_resuming_with_other_settings(settings_for: Make, tmp_path: Path, interrupt: Interrupt) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,11 +18,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from lowrank_kit.checkpoint.headers import ShardFile, TensorHeader, headers_by_name, read_shards
 from lowrank_kit.checkpoint.hub import CONFIG_FILE, resolve_config, resolve_model, resolve_shards
+from lowrank_kit.checkpoint.parts import check_rank
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, LowRankConfig
 from lowrank_kit.checkpoint.reading import non_finite, opened, read_tensor, read_whole
 from lowrank_kit.checkpoint.stacks import Unit, with_stacks
 from lowrank_kit.checkpoint.stored import StoredMatrix, disk_names, stored_matrices
 from lowrank_kit.errors import LowRankError, UsageError
+from lowrank_kit.layers import STACKED
 
 # What a compression says of itself, in the folder it made.
 REPORT_FILE = "compression.json"
@@ -128,11 +131,18 @@ class Checkpoint:
                 f"{self.path}: the weights are quantized with {method}, their numbers are codes and not matrices",
                 hint="use the unquantized model",
             )
-        try:
-            LowRankConfig(**quantization)  # refuses a newer format
-            return stored_matrices(self.meta_model(), self.headers, head=self.head)
-        except LowRankError as error:
-            raise type(error)(f"{self.path}: {error.message}", hint=error.hint) from error
+        with told_where(self.path):
+            found = stored_matrices(self.meta_model(), self.headers, head=self.head)
+            if "quantization_config" in self.config:
+                self._check_ranks(found, quantization.get("matrices") or {})
+            return found
+
+    def _check_ranks(self, found: list[StoredMatrix], entries: Mapping[str, Any]) -> None:
+        """What config.json says of the compressed matrices is what is stored; of experts, loading tells."""
+        for one in found:
+            if one.compressed and one.form != STACKED:
+                A = next(self.headers[tensor] for tensor in one.tensors if tensor.endswith(".A.weight"))
+                check_rank(A.file, one.module, entries.get(one.module), one.form, A.shape[0])
 
     def units(self) -> list[Unit]:
         """What can be compressed, one by one: every matrix of a dense model, the experts of a fused weight together.
@@ -237,7 +247,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise LowRankError(f"{path}: a JSON object is expected, found {type(config).__name__}")
     _refuse_unknown(path, config)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        with told_where(path):
+            LowRankConfig(**quantization)  # refuses a newer format
     return config
+
+
+@contextmanager
+def told_where(path: Path) -> Iterator[None]:
+    """Inside, an error says where."""
+    try:
+        yield
+    except LowRankError as error:
+        raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
 
 
 def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:

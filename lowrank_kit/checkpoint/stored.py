@@ -20,16 +20,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lowrank_kit.checkpoint.headers import TensorHeader
+from lowrank_kit.checkpoint.parts import check_parts, find_parts
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import STACKED
 from lowrank_kit.layers.experts import PROJECTIONS
+from lowrank_kit.layers.pivoted import check_index
 from lowrank_kit.linalg.pivot import expand
 from lowrank_kit.matrices import Matrix, find_head, find_matrices, role_of
 
 # Roles of the two halves of a fused gate_up tensor, in the order in which they are stacked.
 HALVES_OF_GATE_UP = ("gate", "up")
-# Form of storage -> what is stored of a matrix under its path, besides the sentinel.
-COMPRESSED_LEAVES = {"factors": ("B.weight", "A.weight"), "pivoted": ("A.weight", "C.weight", "index")}
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,14 @@ class StoredMatrix:
         return self.form != "dense"
 
     def factors(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """B [out, r] and A [r, in] of a compressed matrix in float64, from the tensors named in `tensors`."""
+        """B [out, r] and A [r, in] of a compressed matrix in float64, from the tensors named in `tensors`.
+
+        Raises:
+            LowRankError: an index of a pivoted matrix that is none.
+        """
         if self.form == "pivoted":
             A, C, index = tensors
+            check_index(index, self.matrix.shape[0], self.matrix.name)
             return expand(C.double(), index), A.double()
         B, A = tensors
         if self.form == STACKED:
@@ -125,7 +130,7 @@ def stored_matrices(
 
     Raises:
         UsageError: the model has no matrix, a head that is none, or blocks that share their weights.
-        LowRankError: a matrix is not on disk, or with another shape than the config asks for.
+        LowRankError: a matrix is not on disk or only in part, or with another shape than the config asks for.
     """
     parameters = model.state_dict()
     sources = sources_by_parameter(model, headers)
@@ -254,7 +259,7 @@ def _locate(
 ) -> Iterator[StoredMatrix]:
     for source in sorted(sources, key=lambda source: source.part):
         name = source.header.name
-        if (compressed := _compressed(matrix, name.removesuffix("weight"), headers)) is not None:
+        if (compressed := _compressed(matrix, name.removesuffix(".weight"), headers)) is not None:
             yield compressed
         elif source.expert is None:
             _check_shape(matrix.name, parameter_shape, source.header)
@@ -264,13 +269,12 @@ def _locate(
 
 
 def _compressed(matrix: Matrix, path: str, headers: Mapping[str, TensorHeader]) -> StoredMatrix | None:
-    """A matrix that is stored as factors or pivoted under a path that ends with a dot; None if it is not."""
-    for form, leaves in COMPRESSED_LEAVES.items():
-        names = tuple(f"{path}{leaf}" for leaf in leaves)
-        if all(name in headers for name in names):
-            _check_parts(matrix, form, [headers[name] for name in names])
-            return StoredMatrix(replace(matrix, transposed=False), names, form)
-    return None
+    """A matrix that is stored as factors or pivoted under a path; None if it is not."""
+    if (found := find_parts(path, headers)) is None:
+        return None
+    form, parts = found
+    check_parts(matrix.name, matrix.shape, form, parts)
+    return StoredMatrix(replace(matrix, transposed=False), tuple(part.name for part in parts), form)
 
 
 def _compressed_experts(matrix: Matrix, factors: list[TensorHeader], sentinels: list[Source]) -> Iterator[StoredMatrix]:
@@ -316,19 +320,6 @@ def _check_shape(name: str, expected: tuple[int, ...], header: TensorHeader) -> 
         raise LowRankError(
             f"{header.file}: tensor {header.name} has shape {list(header.shape)}, "
             f"config.json asks for {list(expected)} for matrix {name}",
-            hint="config.json and the safetensors files seem to belong to different models",
-        )
-
-
-def _check_parts(matrix: Matrix, form: str, parts: list[TensorHeader]) -> None:
-    rows, columns = matrix.shape
-    A = next(part for part in parts if part.name.endswith(".A.weight"))
-    rank = A.shape[0] if A.shape else 0
-    shapes = {"factors": [(rows, rank), (rank, columns)], "pivoted": [(rank, columns), (rows - rank, rank), (rows,)]}
-    if [part.shape for part in parts] != shapes[form]:
-        told = " and ".join(f"{part.name} {list(part.shape)}" for part in parts)
-        raise LowRankError(
-            f"{form} {told} do not make matrix {matrix.name} of shape {list(matrix.shape)}",
             hint="config.json and the safetensors files seem to belong to different models",
         )
 

@@ -8,8 +8,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowrank_kit.errors import LowRankError
+
 # From how many tokens on outputs are put in order as rows of the transposed product, which are moved whole.
 MANY_TOKENS = 16
+
+
+def check_index(index: Tensor, num_out: int, name: str) -> None:
+    """Refuse a pivot index that does not say for each output row once where it is.
+
+    Args:
+        index: [O], any integer dtype.
+        num_out: O.
+        name: of the matrix.
+
+    Raises:
+        LowRankError: a number out of range, or twice.
+    """
+    if index.shape == (num_out,) and torch.equal(index.sort().values.cpu().long(), torch.arange(num_out)):
+        return
+    outside = [int(number) for number in index.flatten() if not 0 <= number < num_out]
+    told = f"{len(outside)} of them are not in 0 to {num_out - 1}, first {outside[0]}" if outside else "not each once"
+    raise LowRankError(
+        f"{name}.index: {index.numel()} numbers for {num_out} rows, {told}",
+        hint="the file is damaged: copy or download it again, or compress the dense model again",
+    )
 
 
 class PivotedLinear(nn.Module):

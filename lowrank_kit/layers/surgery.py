@@ -12,6 +12,7 @@ from lowrank_kit.layers.pivoted import PivotedLinear
 
 # Form of storage -> its layer.
 LAYERS: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
+_OTHER = "the names and ranks in quantization_config of config.json seem to be those of another model"
 # The form of a fused 3-D tensor of experts.
 STACKED = "stacked"
 
@@ -41,9 +42,12 @@ def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors
     elif isinstance(old, nn.Linear):
         out_features, in_features = old.weight.shape
     else:
-        raise LowRankError(f"{name} is a {type(old).__name__}, not a linear layer")
+        raise LowRankError(f"{name} is a {type(old).__name__}, not a linear layer", hint=_OTHER)
     if form == "pivoted" and rank >= out_features:
         raise LowRankError(f"{name} has {out_features} outputs: a pivoted layer of rank {rank} has no others to make")
+    if rank > min(in_features, out_features):
+        sides = f"{out_features} x {in_features}"
+        raise LowRankError(f"{name} is {sides}: its rank is at most the smaller of these, not {rank:,}", hint=_OTHER)
     new = LAYERS[form](
         in_features,
         out_features,

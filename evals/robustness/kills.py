@@ -4,9 +4,9 @@
 
 Three ways of `lowrank compress` and four of `lowrank train`, 100 kills (SIGKILL) in all. The moment of a kill is drawn
 in CPU seconds of the process, which mean the same on a busy machine: nine of ten between the first file and the end of
-an undisturbed run, one before. A command that ends before its kill, or that follows on `MOST_IN_A_ROW` of them, makes
-an output: each of its files is to have the bytes that the undisturbed run gave it (of logs and reports: but for
-clocks), and nothing else may be left. Whatever is not so is in the results as a fault, with what was there, and the
+the work in an undisturbed run, one before. A command that ends before its kill, or that follows on `MOST_IN_A_ROW` of
+them, makes an output: each of its files is to have the bytes that the undisturbed run gave it (of logs and reports: but
+for clocks), and nothing else may be left. Whatever is not so is in the results as a fault, with what was there, and the
 script ends with 1. The checkout must stay as it is meanwhile: a compression goes on only with the commit that it was
 begun with.
 """
@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
 from lowrank_kit.training.checkpoints import what_is_wrong
@@ -46,7 +47,8 @@ CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-TEXT = "--max-bytes 300000 --block-tokens 64 --device cpu -q"
+TEXT_BYTES = 300_000
+TEXT = "--text TEXT --block-tokens 64 --device cpu -q"
 TRAIN = f"train {TEXT} --eval-blocks 8 --log-every 1"
 COMPRESS = f"compress MODEL {TEXT} --keep 0.5 --calibration-blocks 32 --check-blocks 8 --max-shard-bytes 200000"
 WAYS = {
@@ -93,8 +95,11 @@ def main() -> None:
 
 
 def make_models(scratch: Path) -> dict[str, str]:
-    """What the ways start from: a config, a model and a compressed one."""
-    places = {"CONFIG": scratch / "config.json", "MODEL": scratch / "model", "SMALL": scratch / "small"}
+    """What the ways start from: a config, some of the standard library's text, a model and a compressed one."""
+    names = {"CONFIG": "config.json", "TEXT": "text.jsonl", "MODEL": "model", "SMALL": "small"}
+    places = {place: scratch / name for place, name in names.items()}
+    documents = load_corpus(max_bytes=TEXT_BYTES).train
+    places["TEXT"].write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents))
     (scratch / "config.json").write_text(json.dumps(CONFIG))
     given = {name: str(place) for name, place in places.items()}
     setup = Case(scratch / "setup", "", given)
@@ -110,7 +115,7 @@ def make_models(scratch: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code, negative for a signal; CPU seconds in all, and until its first file."""
+    """How a command ended: its exit code, negative for a signal; CPU seconds until all was done, and the first file."""
 
     code: int
     errors: str
@@ -180,7 +185,7 @@ class Case:
         """
         words = [sys.executable, "-m", "cli.main", *self.words, *(["--resume"] if resume else [])]
         surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "LOWRANK_CACHE": str(self.folder / "cache")}
-        begun, seconds = None, 0.0
+        begun, done, seconds = None, None, 0.0
         with (
             tempfile.TemporaryFile() as errors,
             subprocess.Popen(words, cwd=ROOT, env=surroundings, stdout=subprocess.DEVNULL, stderr=errors) as process,
@@ -191,13 +196,15 @@ class Case:
                     seconds = max(seconds, sum(watched.cpu_times()[:2]))
                 if begun is None and any(self.folder.iterdir()):
                     begun = seconds
+                if after is None and done is None and begun is not None and self.is_done():
+                    done = seconds
                 if after is not None and seconds >= after:
                     process.kill()
                     break
-                time.sleep(0.002)
+                time.sleep(0.005)
             code = process.wait()
             errors.seek(0)
-            return Ended(code, errors.read().decode()[-1000:], seconds, begun)
+            return Ended(code, errors.read().decode()[-1000:], done or seconds, begun)
 
     def is_begun(self) -> bool:
         """Whether a user would give --resume."""
@@ -259,12 +266,14 @@ class Case:
 def contents(path: Path) -> bytes:
     """The bytes of a file; of JSON with clocks in it, what is left without them.
 
-    In the header of a checkpoint's safetensors, torch's words beside the tensors come in a random order.
+    In the header of a checkpoint's safetensors, torch's words beside the tensors come in any order.
     """
     data = path.read_bytes()
     if path.suffix == ".safetensors" and "checkpoints" in path.parts:
         end = 8 + int.from_bytes(data[:8], "little")
-        return json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
+        header = json.loads(data[8:end])
+        header["__metadata__"]["DCP_SHARDING_INFO"] = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+        return json.dumps(header, sort_keys=True).encode() + data[end:]
     if path.suffix not in (".json", ".jsonl") or not any(f'"{key}"'.encode() in data for key in CLOCKS):
         return data
     lines = data.splitlines() if path.suffix == ".jsonl" else [data]

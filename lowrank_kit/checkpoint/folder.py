@@ -28,6 +28,7 @@ from lowrank_kit.layers import STACKED
 
 # What a compression says of itself, in the folder it made.
 REPORT_FILE = "compression.json"
+_COUNTS_OF_BLOCKS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class Checkpoint:
 
     @cached_property
     def _meta_model(self) -> PreTrainedModel:
+        for key in _COUNTS_OF_BLOCKS:  # a loop over a number of twelve digits would not end
+            if type(count := self.config.get(key)) is int and count > max(len(self.headers), 1):
+                raise LowRankError(
+                    f"{self.path / CONFIG_FILE}: {key} is {count:,}, the files hold {len(self.headers):,} tensors",
+                    hint="config.json and the safetensors files seem to belong to different models",
+                )
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):

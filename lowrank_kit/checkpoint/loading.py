@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.checkpoint.folder import Checkpoint, told_where
+from lowrank_kit.checkpoint.quantizer import QUANT_METHOD
 from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.data.blocks import TokenBlocks
 from lowrank_kit.errors import LowRankError, UsageError
@@ -28,6 +30,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
         LowRankError: it cannot be loaded, or tensors are missing or of another shape; transformers would fill in
             random numbers and only warn.
     """
+    _refuse_larger(checkpoint)
     with told_where(checkpoint.path), _told_if_not_loaded():
         model, found = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
@@ -49,6 +52,26 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
             hint="config.json and the safetensors files seem to belong to different models",
         )
     return model.to(device)
+
+
+def _refuse_larger(checkpoint: Checkpoint) -> None:
+    """Refuse a config that asks for far more than is there: transformers would make room for it, and fill it at random.
+
+    Raises:
+        LowRankError: with both numbers.
+    """
+    quantization = checkpoint.config.get("quantization_config") or {"quant_method": QUANT_METHOD}
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        return  # of codes there are fewer than of numbers
+    apart = tuple(quantization.get("matrices") or ())
+    model = checkpoint.meta_model()
+    wanted = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in apart)
+    there = sum(math.prod(header.shape) for header in checkpoint.headers.values())
+    if wanted > 2 * there:
+        raise LowRankError(
+            f"{checkpoint.path}: config.json asks for a model of {wanted:,} numbers, the files hold {there:,}",
+            hint="config.json and the safetensors files seem to belong to different models",
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lowrank_kit.checkpoint.loading import check_blocks
 from lowrank_kit.config import settings_difference, to_dict
 from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.device import resolve_device
-from lowrank_kit.errors import UsageError
+from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.optim import NuMuonFactory
 from lowrank_kit.processes import check_same, is_first, num_processes, on_first
@@ -37,6 +37,7 @@ from lowrank_kit.training.trainer import RunTrainer, StopWhenTerminated, Termina
 from lowrank_kit.training.wiring import CHECKPOINTS, make_trainer, optimizer_options
 
 RUN_FILE = "run.json"
+_AGAIN = "restore it from a copy, or start again in a new folder"
 
 
 @unchanged_environment()
@@ -151,13 +152,19 @@ def stored_settings(output: Path) -> dict[str, Any]:
 
 def _read_run(output: Path) -> dict[str, Any]:
     try:
-        record = json.loads((output / RUN_FILE).read_text())
+        record = json.loads((output / RUN_FILE).read_bytes())
     except FileNotFoundError:
         raise UsageError(
             f"nothing to resume in {output}: it has no {RUN_FILE}", hint="leave out --resume to start"
         ) from None
-    del record["schema_version"]  # the file's, not the run's
-    return record
+    except (ValueError, RecursionError) as error:
+        raise LowRankError(f"{output / RUN_FILE} is damaged: {error}", hint=_AGAIN) from error
+    match record:
+        case {"schema_version": _, "settings": {}, "finished": bool(), "step": _, "corpus": {"sha256": str()}}:
+            del record["schema_version"]  # the file's, not the run's
+            return record
+    lacking = "it lacks settings, finished, step or corpus"
+    raise LowRankError(f"{output / RUN_FILE} is damaged: {lacking}", hint=_AGAIN)
 
 
 def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:

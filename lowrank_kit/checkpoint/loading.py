@@ -110,6 +110,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a")  # some damage shows with the first text
     # Files missing, damaged or of an unknown kind: each tokenizer class has its own exceptions.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -168,7 +168,12 @@ class LowRankQuantizer(HfQuantizer):
 
 def _headers(files: list[str]) -> dict[str, TensorHeader]:
     """Tensor name -> header of the safetensors files that a model is loaded from."""
-    paths = [Path(file) for file in files if file.endswith(".safetensors")]
+    paths = [Path(file) for file in files]
+    if pickled := [path for path in paths if path.suffix != ".safetensors"]:
+        raise LowRankError(
+            f"{pickled[0]}: may be a pickle, which is not read: a compressed model has its weights in safetensors",
+            hint="copy or download the folder again, or compress the dense model again",
+        )
     return headers_by_name(read_shard(path, path.name) for path in paths)
 
 

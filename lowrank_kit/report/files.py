@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PNG_DPI = 150
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # No room on the disk, in the user's share of it, in a file of the largest size allowed: what to do about it.
 _NO_ROOM = {
     errno.ENOSPC: "make room, or give an output on another disk",
@@ -112,13 +114,14 @@ def room_for(path: Path, nbytes: int) -> Iterator[None]:
     """Tell in one error that what the block writes to `path`, of `nbytes` bytes, finds no room."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except Exception as error:  # libraries written in Rust have classes of their own for what the system says
+        told = _OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number is None or number not in _NO_ROOM:
             raise
         free = shutil.disk_usage(path.parent).free
         raise LowRankError(
-            f"{path}: {os.strerror(error.errno)}: it takes {nbytes:,} bytes, {free:,} are free",
-            hint=_NO_ROOM[error.errno],
+            f"{path}: {os.strerror(number)}: it takes {nbytes:,} bytes, {free:,} are free", hint=_NO_ROOM[number]
         ) from error
 
 

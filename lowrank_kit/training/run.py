@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lowrank_kit.matrices import find_matrices
 from lowrank_kit.optim import NuMuonFactory
 from lowrank_kit.processes import check_same, is_first, num_processes, on_first
 from lowrank_kit.report.environment import environment
-from lowrank_kit.report.files import new_folder, write_json
+from lowrank_kit.report.files import new_folder, room_for, write_json
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.scaling.sidecar import check_rule, save_rule
 from lowrank_kit.training.checkpoints import newest_whole, rotate
@@ -32,6 +33,7 @@ from lowrank_kit.training.model import build_model, outline_model, scaling_rule
 from lowrank_kit.training.processes import batch_per_process, check_launch, launched_with_fsdp, unchanged_environment
 from lowrank_kit.training.settings import PLACEMENT, TrainSettings
 from lowrank_kit.training.sharding import check_can_shard
+from lowrank_kit.training.state import model_tensors
 from lowrank_kit.training.tracking import run_trackers
 from lowrank_kit.training.trainer import RunTrainer, StopWhenTerminated, Terminated
 from lowrank_kit.training.wiring import CHECKPOINTS, make_trainer, optimizer_options
@@ -217,7 +219,9 @@ def _start(
         return record
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"output folder {output} is not empty", hint="give a new one, or resume the run that is in it")
-    with new_folder(output) as folder:  # killed before it is whole, the run is not begun
+    sizes = (len(data.tokenizer), len(json.dumps(record)))  # a token takes some 30 bytes in tokenizer.json
+    # Killed before the folder is whole, the run is not begun.
+    with new_folder(output) as folder, room_for(output, 30 * sizes[0] + sizes[1]):
         data.tokenizer.save_pretrained(folder)
         if rule is not None:
             save_rule(rule, folder)
@@ -237,7 +241,13 @@ def _save_model(trainer: RunTrainer, output: Path, *, merge: bool) -> None:
     """Weights and config beside run.json, the weights last: a folder with weights is whole. `merge`: of adapters."""
     staging = output / ".saving"
     on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
-    trainer.save_pretrained(staging, merge=merge)
+    try:
+        with room_for(output / "model.safetensors", sum(t.nbytes for t in model_tensors(trainer.model).values())):
+            trainer.save_pretrained(staging, merge=merge)
+    except LowRankError as error:
+        on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
+        again = f"{error.hint}; then lowrank train --resume -o {shlex.quote(str(output))}"
+        raise LowRankError(error.message, hint=again) from error
 
     def move() -> None:
         files = sorted(staging.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))

@@ -320,7 +320,7 @@ def _read_mapping(file: Path) -> tuple[dict[Any, Any], list[_Problem]]:
         mark = error.problem_mark
         position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UsageError(f"{file} is not valid YAML: {position}{error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # bad JSON, text that is not UTF-8, a number of 5000 digits
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad JSON, not UTF-8, 5000 digits or brackets
         raise UsageError(f"{file} cannot be parsed: {error}") from error
     if document is None:
         document = {}
@@ -366,13 +366,20 @@ class _StrictYaml(yaml.SafeLoader):
         super().__init__(stream)
         self.problems: list[_Problem] = []
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a value that holds itself would have no end
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(None, None, "aliases are not read, write the value again", mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
                 self.problems.append(_written_twice(key_node.value, key_node.start_mark.line + 1))
-            elif isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
 
 

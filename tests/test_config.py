@@ -196,6 +196,10 @@ def test_key_written_twice_in_json(tmp_path: Path) -> None:
     [
         ("a: [1\n", "train.yaml", "is not valid YAML: line 2, column 1"),
         ("a: !!python/object:os.system 1", "train.yaml", "is not valid YAML"),
+        ("a: &x {b: *x}", "train.yaml", "is not valid YAML: line 1, column 11: aliases are not read"),
+        ("? [a]\n: b", "train.yaml", "is not valid YAML: line 1, column 3: found unhashable key"),
+        ("[" * 5000, "train.yaml", "cannot be parsed: maximum recursion depth exceeded"),
+        ("[" * 100_000, "train.json", "cannot be parsed: maximum recursion depth exceeded"),
         ("a: \x00", "train.yaml", "cannot be parsed"),
         ('{"a": }', "train.json", "cannot be parsed"),
         ("- 1\n", "train.yaml", "must hold keys and values, not [1]"),

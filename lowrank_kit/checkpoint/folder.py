@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from lowrank_kit.checkpoint.headers import ShardFile, TensorHeader, headers_by_name, read_shards
 from lowrank_kit.checkpoint.hub import CONFIG_FILE, resolve_config, resolve_model, resolve_shards
+from lowrank_kit.checkpoint.parts import check_rank
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, LowRankConfig
 from lowrank_kit.checkpoint.reading import non_finite, opened, read_tensor, read_whole
 from lowrank_kit.checkpoint.stacks import Unit, with_stacks
@@ -26,6 +27,7 @@ from lowrank_kit.errors import LowRankError, UsageError
 
 # What a compression says of itself, in the folder it made.
 REPORT_FILE = "compression.json"
+_COUNTS_OF_BLOCKS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ class Checkpoint:
 
     @cached_property
     def _meta_model(self) -> PreTrainedModel:
+        for key in _COUNTS_OF_BLOCKS:  # a loop over a number of twelve digits would not end
+            if type(count := self.config.get(key)) is int and count > max(len(self.headers), 1):
+                raise LowRankError(
+                    f"{self.path / CONFIG_FILE}: {key} is {count:,}, the files hold {len(self.headers):,} tensors",
+                    hint="config.json and the safetensors files seem to belong to different models",
+                )
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):
@@ -122,9 +130,12 @@ class Checkpoint:
 
     @cached_property
     def _matrices(self) -> list[StoredMatrix]:
-        self.quantization()  # refuses a newer format
-        with self._named():
-            return stored_matrices(self.meta_model(), self.headers, head=self.head)
+        entries = self.quantization().matrices
+        with told_where(self.path):
+            found = stored_matrices(self.meta_model(), self.headers, head=self.head)
+            if "quantization_config" in self.config:
+                self._check_ranks(found, entries)
+            return found
 
     def quantization(self) -> LowRankConfig:
         """What config.json says of matrices of low rank; of a dense model that there are none.
@@ -140,16 +151,22 @@ class Checkpoint:
                 f"{self.path}: the weights are quantized with {method}, their numbers are codes and not matrices",
                 hint="use the unquantized model",
             )
-        with self._named():
+        with told_where(self.path):
             return LowRankConfig(**quantization)
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Inside, errors are told with the folder's name."""
-        try:
-            yield
-        except LowRankError as error:
-            raise type(error)(f"{self.path}: {error.message}", hint=error.hint) from error
+    def rank(self, stored: StoredMatrix) -> int | None:
+        """Rank of a matrix as it is stored; None of a dense one."""
+        return self._A(stored).shape[-2] if stored.compressed else None
+
+    def _A(self, stored: StoredMatrix) -> TensorHeader:
+        return next(self.headers[name] for name in stored.tensors if name.endswith((".A", ".A.weight", ".A.codes")))
+
+    def _check_ranks(self, found: list[StoredMatrix], entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """What config.json says of the compressed matrices is what is stored."""
+        for one in found:
+            if one.compressed:
+                name, A = one.entry_name, self._A(one)
+                check_rank(A.file, name, entries.get(name), one.form, A.shape[-2])
 
     def units(self) -> list[Unit]:
         """What can be compressed, one by one: every matrix of a dense model, the experts of a fused weight together.
@@ -254,7 +271,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise LowRankError(f"{path}: a JSON object is expected, found {type(config).__name__}")
     _refuse_unknown(path, config)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        with told_where(path):
+            LowRankConfig(**quantization)  # refuses a newer format
     return config
+
+
+@contextmanager
+def told_where(path: Path) -> Iterator[None]:
+    """Inside, an error says where."""
+    try:
+        yield
+    except LowRankError as error:
+        raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
 
 
 def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:

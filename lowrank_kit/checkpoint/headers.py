@@ -211,8 +211,20 @@ def check_against_index(where: object, shards: Iterable[ShardFile], weight_map: 
 
 
 def _read_shard(folder: Path, file: str) -> ShardFile:
-    path = folder / file
     refuse_link_out(folder, file)
+    return read_shard(folder / file, file)
+
+
+def read_shard(path: Path, file: str) -> ShardFile:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        path: of the file.
+        file: what it is called in the folder of the model.
+
+    Raises:
+        LowRankError: it cannot be read, or is damaged.
+    """
     try:
         with path.open("rb") as stream:
             stat = os.fstat(stream.fileno())
@@ -222,7 +234,7 @@ def _read_shard(folder: Path, file: str) -> ShardFile:
                 raise LowRankError(f"{path}: {size} bytes, too short for a safetensors file", hint=_COPY_AGAIN)
             (length,) = struct.unpack("<Q", prefix)
             if prefix == b"version ":
-                raise LowRankError(f"{path}: a git-lfs pointer, not the weights", hint=f"git -C {folder} lfs pull")
+                raise LowRankError(f"{path}: a git-lfs pointer, not the weights", hint=f"git -C {path.parent} lfs pull")
             if length > MAX_HEADER_BYTES or 8 + length > size:
                 raise LowRankError(
                     f"{path}: says its header is {length} bytes long, the file has {size}", hint=_COPY_AGAIN

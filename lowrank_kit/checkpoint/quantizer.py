@@ -7,6 +7,7 @@ factors are loaded like any other weight: no dense weight is ever in memory.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowrank_kit.checkpoint.headers import TensorHeader, headers_by_name, read_shard
+from lowrank_kit.checkpoint.parts import COMPRESSED_LEAVES, check_parts, check_rank, find_parts, refuse_missing
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.layers import (
     INT8,
@@ -27,9 +30,11 @@ from lowrank_kit.layers import (
     Int8Linear,
     LowRankExperts,
     LowRankLinear,
+    LowRankStack,
     PivotedLinear,
     exchange,
 )
+from lowrank_kit.layers.pivoted import check_index
 
 if TYPE_CHECKING:
     # transformers is still being imported when this module is.
@@ -40,6 +45,7 @@ QUANT_METHOD = "lowrank"
 # lowrank-kit reads what it can, and refuses the rest.
 FORMS = {"factors": 1, "pivoted": 2, STACKED: 3} | {f"{form}{INT8}": 4 for form in LAYERS}
 FORMAT_VERSION = max(FORMS.values())
+_AGAIN = "config.json is damaged: copy or download it again"
 
 
 def needed_version(matrices: dict[str, dict[str, Any]]) -> int:
@@ -67,19 +73,24 @@ class LowRankConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **extra: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise LowRankError(
                 f"the checkpoint has format version {format_version!r}, this lowrank-kit reads up to {FORMAT_VERSION}",
                 hint="pip install --upgrade lowrank-kit",
             )
         self.quant_method = quant_method
-        self.matrices = matrices or {}
+        self.matrices = {} if matrices is None else matrices
+        if not isinstance(self.matrices, dict):
+            raise LowRankError(
+                f"quantization_config: matrices is {self.matrices!r:.80}, not names with ranks", hint=_AGAIN
+            )
         for name, entry in self.matrices.items():
-            rank, form = entry.get("rank"), entry.get("form")
-            if not isinstance(rank, int) or rank < 1 or form not in FORMS:
+            rank, form = (entry.get("rank"), entry.get("form")) if isinstance(entry, dict) else (entry, None)
+            if type(rank) is not int or rank < 1 or not isinstance(form, str) or form not in FORMS:
                 raise LowRankError(
-                    f"quantization_config: {name} has rank {rank!r} and form {form!r}; "
-                    f"a rank of at least 1 and one of the forms {', '.join(FORMS)} are wanted"
+                    f"quantization_config: {name} has rank {rank!r:.80} and form {form!r:.80}; "
+                    f"a rank of at least 1 and one of the forms {', '.join(FORMS)} are wanted",
+                    hint=_AGAIN,
                 )
         self.format_version = max(format_version, needed_version(self.matrices))
         for key, value in extra.items():
@@ -91,9 +102,12 @@ class LowRankQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         from transformers.initialization import no_init_weights
 
+        headers = _headers(checkpoint_files or [])
         known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         prefix = f"{model.base_model_prefix}."
         with torch.device("meta"), no_init_weights():  # half the time of loading a small model
@@ -108,9 +122,13 @@ class LowRankQuantizer(HfQuantizer):
                         f"quantization_config names {name}, but {type(model).__name__} has no such module or weight",
                         hint="config.json and the model class seem to belong to different models",
                     )
-                exchange(model, found, entry["rank"], entry["form"])
+                layer = exchange(model, found, entry["rank"], entry["form"])
+                _check_layer(candidates, entry, layer, headers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, PivotedLinear) and not module.index.is_meta:
+                check_index(module.index, module.out_features, name)
         # A quantizer that stays makes Trainer refuse to train and save_pretrained ignore a given state dict. The
         # config keeps its `quantization_config`, which is all that saving needs.
         for owner, attribute in (
@@ -159,6 +177,44 @@ class LowRankQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Two matrix products."""
         return True
+
+
+def _headers(files: list[str]) -> dict[str, TensorHeader]:
+    """Tensor name -> header of the safetensors files that a model is loaded from."""
+    paths = [Path(file) for file in files]
+    if pickled := [path for path in paths if path.suffix != ".safetensors"]:
+        raise LowRankError(
+            f"{pickled[0]}: may be a pickle, which is not read: a compressed model has its weights in safetensors",
+            hint="copy or download the folder again, or compress the dense model again",
+        )
+    return headers_by_name(read_shard(path, path.name) for path in paths)
+
+
+def _check_layer(
+    names: tuple[str, ...],
+    entry: dict[str, Any],
+    layer: LowRankLinear | PivotedLinear | LowRankStack,
+    headers: dict[str, TensorHeader],
+) -> None:
+    """See that the files hold a layer as `quantization_config` describes it: transformers fills in what is not there.
+
+    Args:
+        names: that it may have.
+        entry: of `quantization_config`.
+        layer: empty, as it is to be.
+        headers: what is in the files. What they hold under none of the names is left to transformers' renaming.
+    """
+    if isinstance(layer, LowRankStack):
+        return
+    for name in names:
+        if any(f"{name}.{leaf}" in headers for leaf in ("weight", *COMPRESSED_LEAVES[entry["form"]])):
+            found = find_parts(name, headers)
+            if found is None:
+                refuse_missing(name, entry["form"], headers)
+                continue
+            rank = check_parts(name, (layer.out_features, layer.in_features), *found)
+            check_rank(found[1][0].file, name, entry, found[0], rank)
+            return
 
 
 def _plan_names(model: PreTrainedModel, kind: type[torch.nn.Module]) -> set[str]:

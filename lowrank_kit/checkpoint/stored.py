@@ -20,21 +20,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lowrank_kit.checkpoint.headers import TensorHeader
+from lowrank_kit.checkpoint.parts import COMPRESSED_LEAVES, check_parts, find_parts
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.layers import INT8, STACKED
 from lowrank_kit.layers.experts import PROJECTIONS
+from lowrank_kit.layers.pivoted import check_index
 from lowrank_kit.linalg.pivot import expand
 from lowrank_kit.matrices import Matrix, find_head, find_matrices, role_of
 
 # Roles of the two halves of a fused gate_up tensor, in the order in which they are stacked.
 HALVES_OF_GATE_UP = ("gate", "up")
-# Form of storage -> what is stored of a matrix under its path, besides the sentinel.
-COMPRESSED_LEAVES = {
-    "factors": ("B.weight", "A.weight"),
-    "pivoted": ("A.weight", "C.weight", "index"),
-    f"factors{INT8}": ("B.codes", "A.codes", "B.scale", "A.scale"),
-    f"pivoted{INT8}": ("A.codes", "C.codes", "index", "A.scale", "C.scale"),
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,11 @@ class StoredMatrix:
         return self.matrix.name
 
     @property
+    def entry_name(self) -> str:
+        """What it is called in `quantization_config`: the module's path, and of experts that of their weight."""
+        return self.matrix.parameter if self.form == STACKED else self.module
+
+    @property
     def disk_path(self) -> str:
         """What the names of its tensors on disk begin with; of experts of low rank, all of theirs."""
         leaf = COMPRESSED_LEAVES.get(self.form, (self.tensors[0].rpartition(".")[2],))[0]
@@ -88,12 +88,17 @@ class StoredMatrix:
         return self.form != "dense"
 
     def factors(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """B [out, r] and A [r, in] of a compressed matrix in float64, from the tensors named in `tensors`."""
+        """B [out, r] and A [r, in] of a compressed matrix in float64, from the tensors named in `tensors`.
+
+        Raises:
+            LowRankError: an index of a pivoted matrix that is none.
+        """
         if self.form.endswith(INT8):
             first, second, *others = (tensor.double() for tensor in tensors)
             tensors = (first * others[-2], second * others[-1], *tensors[2:-2])
         if self.form.removesuffix(INT8) == "pivoted":
             A, C, index = tensors
+            check_index(index, self.matrix.shape[0], self.matrix.name)
             return expand(C.double(), index), A.double()
         B, A = tensors
         if self.form == STACKED:
@@ -140,7 +145,7 @@ def stored_matrices(
 
     Raises:
         UsageError: the model has no matrix, a head that is none, or blocks that share their weights.
-        LowRankError: a matrix is not on disk, or with another shape than the config asks for.
+        LowRankError: a matrix is not on disk or only in part, or with another shape than the config asks for.
     """
     parameters = model.state_dict()
     sources = sources_by_parameter(model, headers)
@@ -269,7 +274,7 @@ def _locate(
 ) -> Iterator[StoredMatrix]:
     for source in sorted(sources, key=lambda source: source.part):
         name = source.header.name
-        if (compressed := _compressed(matrix, name.removesuffix("weight"), headers)) is not None:
+        if (compressed := _compressed(matrix, name.removesuffix(".weight"), headers)) is not None:
             yield compressed
         elif source.expert is None:
             _check_shape(matrix.name, parameter_shape, source.header)
@@ -279,13 +284,12 @@ def _locate(
 
 
 def _compressed(matrix: Matrix, path: str, headers: Mapping[str, TensorHeader]) -> StoredMatrix | None:
-    """A matrix that is stored as factors or pivoted under a path that ends with a dot; None if it is not."""
-    for form, leaves in COMPRESSED_LEAVES.items():
-        names = tuple(f"{path}{leaf}" for leaf in leaves)
-        if all(name in headers for name in names):
-            _check_parts(matrix, form, [headers[name] for name in names])
-            return StoredMatrix(replace(matrix, transposed=False), names, form)
-    return None
+    """A matrix that is stored as factors or pivoted under a path; None if it is not."""
+    if (found := find_parts(path, headers)) is None:
+        return None
+    form, parts = found
+    check_parts(matrix.name, matrix.shape, form, parts)
+    return StoredMatrix(replace(matrix, transposed=False), tuple(part.name for part in parts), form)
 
 
 def _compressed_experts(matrix: Matrix, factors: list[TensorHeader], sentinels: list[Source]) -> Iterator[StoredMatrix]:
@@ -331,25 +335,6 @@ def _check_shape(name: str, expected: tuple[int, ...], header: TensorHeader) -> 
         raise LowRankError(
             f"{header.file}: tensor {header.name} has shape {list(header.shape)}, "
             f"config.json asks for {list(expected)} for matrix {name}",
-            hint="config.json and the safetensors files seem to belong to different models",
-        )
-
-
-def _check_parts(matrix: Matrix, form: str, parts: list[TensorHeader]) -> None:
-    rows, columns = matrix.shape
-    A = next(part for part in parts if part.name.endswith((".A.weight", ".A.codes")))
-    rank = A.shape[0] if A.shape else 0
-    shapes: dict[str, list[tuple[int, ...]]] = {
-        "factors": [(rows, rank), (rank, columns)],
-        "pivoted": [(rank, columns), (rows - rank, rank), (rows,)],
-    }
-    wanted = shapes[form.removesuffix(INT8)]
-    if form.endswith(INT8):
-        wanted += [(wanted[0][0], 1), (wanted[1][0], 1)]
-    if [part.shape for part in parts] != wanted:
-        told = " and ".join(f"{part.name} {list(part.shape)}" for part in parts)
-        raise LowRankError(
-            f"{form} {told} do not make matrix {matrix.name} of shape {list(matrix.shape)}",
             hint="config.json and the safetensors files seem to belong to different models",
         )
 

@@ -8,6 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowrank_kit.errors import LowRankError
+
+
+def check_index(index: Tensor, num_out: int, name: str) -> None:
+    """Refuse a pivot index that does not say for each output row once where it is.
+
+    Args:
+        index: [O], any integer dtype.
+        num_out: O.
+        name: of the matrix.
+
+    Raises:
+        LowRankError: a number out of range, or twice.
+    """
+    if index.shape == (num_out,) and torch.equal(index.sort().values.cpu().long(), torch.arange(num_out)):
+        return
+    outside = [int(number) for number in index.flatten() if not 0 <= number < num_out]
+    told = f"{len(outside)} of them are not in 0 to {num_out - 1}, first {outside[0]}" if outside else "not each once"
+    raise LowRankError(
+        f"{name}.index: {index.numel()} numbers for {num_out} rows, {told}",
+        hint="the file is damaged: copy or download it again, or compress the dense model again",
+    )
+
 
 class PivotedLinear(nn.Module):
     """y = cat(A x, C (A x))[index] + bias, with A [R, I] rows of the weight and C [O - R, R].

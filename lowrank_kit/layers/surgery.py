@@ -15,6 +15,7 @@ from lowrank_kit.layers.pivoted import PivotedLinear
 LAYERS: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
 # What the forms of layers whose factors are 8-bit codes end with.
 INT8 = "-int8"
+_OTHER = "the names and ranks in quantization_config of config.json seem to be those of another model"
 # The form of a fused 3-D tensor of experts.
 STACKED = "stacked"
 
@@ -44,10 +45,13 @@ def exchange_linear(model: nn.Module, name: str, rank: int, form: str = "factors
     elif isinstance(old, nn.Linear):
         out_features, in_features = old.weight.shape
     else:
-        raise LowRankError(f"{name} is a {type(old).__name__}, not a linear layer")
+        raise LowRankError(f"{name} is a {type(old).__name__}, not a linear layer", hint=_OTHER)
     layer = LAYERS[form.removesuffix(INT8)]
     if layer is PivotedLinear and rank >= out_features:
         raise LowRankError(f"{name} has {out_features} outputs: a pivoted layer of rank {rank} has no others to make")
+    if rank > min(in_features, out_features):
+        sides = f"{out_features} x {in_features}"
+        raise LowRankError(f"{name} is {sides}: its rank is at most the smaller of these, not {rank:,}", hint=_OTHER)
     new = layer(
         in_features,
         out_features,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import errno
+import glob
 import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+import psutil
 
 from lowrank_kit.errors import LowRankError, UsageError
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PNG_DPI = 150
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # No room on the disk, in the user's share of it, in a file of the largest size allowed: what to do about it.
 _NO_ROOM = {
     errno.ENOSPC: "make room, or give an output on another disk",
@@ -42,14 +47,14 @@ def new_folder(path: Path | str) -> Iterator[Path]:
         UsageError: the path is taken, or no folder can be made there.
     """
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _own_temporary(path)
     with told_if_not_made(path):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file, a folder is wanted", hint="choose another output folder")
         if path.is_dir() and (count := sum(1 for _ in path.iterdir())):
             raise UsageError(f"{path}: the output folder is not empty ({count} entries)", hint="choose a new folder")
         absent = [parent for parent in path.parents if not parent.exists()]
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed: containers use the same few ids again
+        _remove_left(path)
         temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -109,13 +114,14 @@ def room_for(path: Path, nbytes: int) -> Iterator[None]:
     """Tell in one error that what the block writes to `path`, of `nbytes` bytes, finds no room."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except Exception as error:  # libraries written in Rust have classes of their own for what the system says
+        told = _OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number is None or number not in _NO_ROOM:
             raise
         free = shutil.disk_usage(path.parent).free
         raise LowRankError(
-            f"{path}: {os.strerror(error.errno)}: it takes {nbytes:,} bytes, {free:,} are free",
-            hint=_NO_ROOM[error.errno],
+            f"{path}: {os.strerror(number)}: it takes {nbytes:,} bytes, {free:,} are free", hint=_NO_ROOM[number]
         ) from error
 
 
@@ -179,10 +185,24 @@ def finite(value: Any) -> Any:
 
 def _write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _own_temporary(path)
     with room_for(path, len(data)):
+        _remove_left(path)
         try:
             temporary.write_bytes(data)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _own_temporary(path: Path) -> Path:
+    """What is made under this name until it is whole, by this process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what processes have left that were killed while they made it; containers use the same few ids again."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)

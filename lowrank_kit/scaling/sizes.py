@@ -122,7 +122,7 @@ def _read(config: Config) -> PreTrainedConfig:
     if not file.is_file():
         raise UsageError(f"no config at {path}", hint="a folder with config.json, or that file")
     try:
-        return AutoConfig.from_pretrained(file)
+        return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.folder import Checkpoint, told_where
 from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.linalg.spectrum import effective_rank, rank_at_energy, singular_values, stable_rank
@@ -122,7 +122,8 @@ def measure(checkpoint: Checkpoint, *, progress: bool = True) -> Spectra:
             for index in users[name]:
                 tensors = stored[index].tensors
                 if all(part in waiting for part in tensors):
-                    rows[index] = measure_matrix(stored[index], *(waiting[part] for part in tensors))
+                    with told_where(checkpoint.path):
+                        rows[index] = measure_matrix(stored[index], *(waiting[part] for part in tensors))
                     bar.update()
             for done in [n for n in waiting if all(index in rows for index in users[n])]:
                 del waiting[done]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowrank_kit.optim import routing_table
+from lowrank_kit.report.files import write_text
 from lowrank_kit.training.effective_rank import by_role
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ class ProgressLog(TrainerCallback):
             return
         logger.info("what steps what:\n%s", routing_table(kwargs["model"], kwargs["optimizer"]))
         # A run that starts over logs its first validation again.
-        kept = [line for line in _read_lines(self.path) if json.loads(line)["step"] <= (state.global_step or -1)]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        for line in map(json.loads, kept):
+        kept = [line for line in _read_lines(self.path) if line["step"] <= (state.global_step or -1)]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        for line in kept:
             if "validation_loss" in line and line["step"] == state.global_step:
                 self.validation_loss, self.validated_at = line["validation_loss"], line["step"]
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
@@ -132,5 +133,17 @@ class ProgressLog(TrainerCallback):
         self.bar.set_postfix(shown)
 
 
-def _read_lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that was damaged, or only half written when the run was killed, is left out."""
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            line = json.loads(text)
+            whole = isinstance(line, dict) and isinstance(line["step"], int)
+        except (ValueError, KeyError, RecursionError):
+            whole = False
+        if whole:
+            lines.append(line)
+        else:
+            logger.warning("%s:%d is damaged and left out", path, number)
+    return lines

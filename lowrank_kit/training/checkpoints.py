@@ -8,6 +8,7 @@ that a model sharded differently, or not at all, finds its own. Nothing in it is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lowrank_kit.checkpoint.headers import read_shard
 from lowrank_kit.errors import LowRankError
 from lowrank_kit.processes import are_connected, is_first, num_processes, on_first
 from lowrank_kit.report.files import json_text, sync_folder
@@ -100,7 +102,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be read: a file that is missing or has another size than it was written with."""
+    """Why a checkpoint cannot be read: a file that is missing or damaged; numbers of tensors are not looked at."""
     try:
         manifest = read_manifest(checkpoint)
     except LowRankError as error:
@@ -111,14 +113,21 @@ def what_is_wrong(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if (known := manifest["sha256"].get(name)) is not None and _sha256(file) != known:
+            return f"{name} has other bytes than were written"
+        if file.suffix == ".safetensors":
+            try:
+                read_shard(file, name)
+            except LowRankError as error:
+                return error.message
     return None
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """`checkpoint.json`: step, processes, and file name -> bytes.
+    """`checkpoint.json`: step, processes, file name -> bytes, and of what is no tensor -> SHA-256.
 
     Raises:
-        LowRankError: it is missing, no JSON, or of a later version.
+        LowRankError: it is missing, damaged, or of a later version.
     """
     if not (checkpoint / MANIFEST).is_file():
         by_trainer = (checkpoint / "optimizer.pt").is_file()
@@ -127,19 +136,37 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     manifest = read_document(checkpoint, MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise LowRankError(f"its format is version {manifest.get('schema_version')}, known is {SCHEMA_VERSION}")
+    match manifest:
+        case {"step": int(), "processes": int(), "files": {} as files} if all(map(_is_size, files.values())):
+            pass
+        case _:
+            raise LowRankError(f"{MANIFEST} has no proper step, processes and files")
+    if not isinstance(manifest.setdefault("sha256", {}), dict):  # older ones have none
+        raise LowRankError(f"{MANIFEST}: sha256 is {manifest['sha256']!r:.40}")
     return manifest
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def read_document(checkpoint: Path, name: str) -> dict[str, Any]:
     """One of the JSON objects of a checkpoint.
 
     Raises:
-        LowRankError: it is no JSON.
+        LowRankError: it is none.
     """
     try:
-        return json.loads((checkpoint / name).read_text())
-    except ValueError as error:
+        document = json.loads((checkpoint / name).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise LowRankError(f"{name} is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise LowRankError(f"{name} holds a {type(document).__name__}")
+    return document
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -159,10 +186,16 @@ def saved_shapes(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Name -> shape and dtype of every tensor of a checkpoint, from the headers of its files.
 
     Raises:
-        LowRankError: parts of a tensor are missing.
+        LowRankError: a header is damaged, or parts of a tensor are missing.
     """
     found = {}
-    for name, entry in dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata.items():
+    try:
+        entries = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # in what torch writes beside the tensors
+        raise LowRankError(
+            f"{checkpoint} is damaged: {type(error).__name__}: {error}", hint=f"rm -r {checkpoint}, and resume"
+        ) from error
+    for name, entry in entries.items():
         assert isinstance(entry, TensorStorageMetadata)
         there = sum(chunk.sizes.numel() for chunk in entry.chunks)
         if there != entry.size.numel():
@@ -208,7 +241,8 @@ def _finish(
     for name, document in documents.items():
         _write_synced(staging / name, json.dumps(document))
     files = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
-    manifest = {"step": step, "processes": num_processes(), "files": files}
+    digests = {name: _sha256(staging / name) for name in documents}
+    manifest = {"step": step, "processes": num_processes(), "files": files, "sha256": digests}
     _write_synced(staging / MANIFEST, json_text(manifest, schema_version=SCHEMA_VERSION))
     sync_folder(staging)
     if final.exists():  # the run went on from an earlier one, because this is damaged

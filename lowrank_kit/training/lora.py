@@ -84,6 +84,8 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Returns:
         The whole model, dense or compressed as it was, with the names and shapes it had.
     """
+    config = model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)  # a set, whose order is another one in every process
     # Embeddings are never trained here; asked for "auto", PEFT looks the base model up on the hub to find that out.
     model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     return model.merge_and_unload(safe_merge=True)

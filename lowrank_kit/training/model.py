@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_kit.checkpoint.folder import Checkpoint
+from lowrank_kit.checkpoint.folder import Checkpoint, told_where
 from lowrank_kit.checkpoint.hub import resolve_model
 from lowrank_kit.checkpoint.loading import load_model, load_tokenizer
 from lowrank_kit.checkpoint.quantizer import LowRankConfig, LowRankQuantizer
@@ -128,10 +128,12 @@ def _refuse_codes(checkpoint: Checkpoint) -> None:
 
 def _outline_checkpoint(settings: TrainSettings, checkpoint: Checkpoint) -> PreTrainedModel:
     _refuse_codes(checkpoint)
+    checkpoint.matrices()  # refuses other numbers than weights, and files that do not fit config.json
     model = checkpoint.meta_model().float()
     compressed = checkpoint.config.get("quantization_config")
     if compressed:
-        LowRankQuantizer(LowRankConfig(**compressed)).preprocess_model(model)
+        with told_where(checkpoint.path):
+            LowRankQuantizer(LowRankConfig(**compressed)).preprocess_model(model)
     if settings.lora is None:
         return model
     check_peft()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from lowrank_kit.checkpoint.loading import check_blocks
 from lowrank_kit.config import settings_difference, to_dict
 from lowrank_kit.data.answers import AnswerTokens
 from lowrank_kit.device import resolve_device
-from lowrank_kit.errors import UsageError
+from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.matrices import find_matrices
 from lowrank_kit.optim import NuMuonFactory
 from lowrank_kit.processes import check_same, is_first, num_processes, on_first
 from lowrank_kit.report.environment import environment
-from lowrank_kit.report.files import write_json
+from lowrank_kit.report.files import new_folder, room_for, write_json
 from lowrank_kit.scaling.mup import MuP
 from lowrank_kit.scaling.sidecar import check_rule, save_rule
-from lowrank_kit.training.checkpoints import newest_whole
+from lowrank_kit.training.checkpoints import newest_whole, rotate
 from lowrank_kit.training.compressed import take_along
 from lowrank_kit.training.data import RunData, load_data
 from lowrank_kit.training.estimate import Estimate, check_memory, estimate_run
@@ -32,11 +33,13 @@ from lowrank_kit.training.model import build_model, outline_model, scaling_rule
 from lowrank_kit.training.processes import batch_per_process, check_launch, launched_with_fsdp, unchanged_environment
 from lowrank_kit.training.settings import PLACEMENT, TrainSettings
 from lowrank_kit.training.sharding import check_can_shard
+from lowrank_kit.training.state import model_tensors
 from lowrank_kit.training.tracking import run_trackers
 from lowrank_kit.training.trainer import RunTrainer, StopWhenTerminated, Terminated
 from lowrank_kit.training.wiring import CHECKPOINTS, make_trainer, optimizer_options
 
 RUN_FILE = "run.json"
+_AGAIN = "restore it from a copy, or start again in a new folder"
 
 
 @unchanged_environment()
@@ -106,6 +109,8 @@ def _train(
             hint="take more text, a smaller --batch-size, or one process",
         )
     checkpoint = newest_whole(output / CHECKPOINTS) if previous else None
+    if checkpoint is not None:  # the run may have been killed when one was saved and not yet another removed
+        on_first(lambda: rotate(output / CHECKPOINTS, settings.keep_checkpoints))
     record = {**previous, "settings": to_dict(settings)} if previous else _start(output, settings, data, model, rule)
     stop = StopWhenTerminated(saves=settings.save_every > 0)
     trainer, log = make_trainer(settings, output, data, model, torch_device, trackers, rule, first=checkpoint is None)
@@ -149,13 +154,19 @@ def stored_settings(output: Path) -> dict[str, Any]:
 
 def _read_run(output: Path) -> dict[str, Any]:
     try:
-        record = json.loads((output / RUN_FILE).read_text())
+        record = json.loads((output / RUN_FILE).read_bytes())
     except FileNotFoundError:
         raise UsageError(
             f"nothing to resume in {output}: it has no {RUN_FILE}", hint="leave out --resume to start"
         ) from None
-    del record["schema_version"]  # the file's, not the run's
-    return record
+    except (ValueError, RecursionError) as error:
+        raise LowRankError(f"{output / RUN_FILE} is damaged: {error}", hint=_AGAIN) from error
+    match record:
+        case {"schema_version": _, "settings": {}, "finished": bool(), "step": _, "corpus": {"sha256": str()}}:
+            del record["schema_version"]  # the file's, not the run's
+            return record
+    lacking = "it lacks settings, finished, step or corpus"
+    raise LowRankError(f"{output / RUN_FILE} is damaged: {lacking}", hint=_AGAIN)
 
 
 def _previous_run(output: Path, settings: TrainSettings) -> dict[str, Any]:
@@ -208,12 +219,14 @@ def _start(
         return record
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"output folder {output} is not empty", hint="give a new one, or resume the run that is in it")
-    output.mkdir(parents=True, exist_ok=True)
-    data.tokenizer.save_pretrained(output)
-    if rule is not None:
-        save_rule(rule, output)
-    take_along(settings, model, output)
-    write_json(output / RUN_FILE, record)
+    sizes = (len(data.tokenizer), len(json.dumps(record)))  # a token takes some 30 bytes in tokenizer.json
+    # Killed before the folder is whole, the run is not begun.
+    with new_folder(output) as folder, room_for(output, 30 * sizes[0] + sizes[1]):
+        data.tokenizer.save_pretrained(folder)
+        if rule is not None:
+            save_rule(rule, folder)
+        take_along(settings, model, folder)
+        write_json(folder / RUN_FILE, record)
     return record
 
 
@@ -228,7 +241,13 @@ def _save_model(trainer: RunTrainer, output: Path, *, merge: bool) -> None:
     """Weights and config beside run.json, the weights last: a folder with weights is whole. `merge`: of adapters."""
     staging = output / ".saving"
     on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
-    trainer.save_pretrained(staging, merge=merge)
+    try:
+        with room_for(output / "model.safetensors", sum(t.nbytes for t in model_tensors(trainer.model).values())):
+            trainer.save_pretrained(staging, merge=merge)
+    except LowRankError as error:
+        on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
+        again = f"{error.hint}; then lowrank train --resume -o {shlex.quote(str(output))}"
+        raise LowRankError(error.message, hint=again) from error
 
     def move() -> None:
         files = sorted(staging.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))

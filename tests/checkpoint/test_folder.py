@@ -132,7 +132,8 @@ def test_factors_stand_for_the_matrix_they_make(llama: Path) -> None:
     A, B = torch.randn(5, 32), torch.randn(32, 5)
     factors = {f"{Q}.A.weight": A, f"{Q}.B.weight": B, f"{Q}.weight": torch.zeros(1)}
     edit_tensors(llama, lambda tensors: tensors.update(factors))
-    edit_config(llama, quantization_config={"quant_method": "lowrank", "ranks": {Q: 5}})
+    entries = {Q: {"rank": 5, "form": "factors"}}
+    edit_config(llama, quantization_config={"quant_method": "lowrank", "matrices": entries})
     (stored, W), *others = weights(Checkpoint.open(llama))
     assert (stored.matrix.name, stored.matrix.shape, stored.compressed) == (Q, (32, 32), True)
     assert stored.tensors == (f"{Q}.B.weight", f"{Q}.A.weight")

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import LlamaForCausalLM
 from cli.main import run
 from lowrank_kit.compression.run import compress
 from lowrank_kit.compression.settings import CompressSettings
+from tests.cli.test_compress_bad_input import files_of_at_most
 from tests.families import build
 
 GATE = "model.layers.1.mlp.gate_proj"
@@ -195,6 +197,19 @@ def test_a_folder_that_is_not_empty_is_left_alone(
     (model / "model.safetensors").unlink()  # refused before the model is looked at
     refused(capsys, [str(model), "-o", str(tmp_path / "out")], 2, "not empty", "1 entries")
     assert os.listdir(tmp_path / "out") == ["mine"]
+
+
+def test_a_full_disk(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is left of the spectra, nor of a report of them; with room again both are made."""
+    spectra, page = tmp_path / "spectra", tmp_path / "page.html"
+    for command, output in ((["analyze", str(model)], spectra), (["report", str(spectra)], page)):
+        capsys.readouterr()
+        with files_of_at_most(2000):
+            assert run([*command, "-o", str(output), "-q"]) == 1
+        told = capsys.readouterr().err
+        assert re.search(r"^error: .*File too large: it takes [\d,]+ bytes, [\d,]+ are free\nhint: ", told), told
+        assert not [path for path in tmp_path.iterdir() if output.name in path.name]
+        assert run([*command, "-o", str(output), "-q"]) == 0
 
 
 def test_models_that_cannot_be_compared(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,20 @@ def test_what_a_killed_run_of_the_same_id_left_is_no_obstacle(tmp_path: Path) ->
         assert not os.listdir(folder)
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for pid in (process.pid, os.getppid()):
+        (tmp_path / f".out.{pid}.tmp").mkdir()
+        (tmp_path / f".out.{pid}.tmp" / "half").write_text("")
+        (tmp_path / f".x.json.{pid}.tmp").write_text("")
+    with new_folder(tmp_path / "out"):
+        pass
+    write_json(tmp_path / "x.json", {})
+    living = {f".out.{os.getppid()}.tmp", f".x.json.{os.getppid()}.tmp"}
+    assert set(os.listdir(tmp_path)) == {"out", "x.json", *living}
+
+
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("1")
     match = rf"the output folder {tmp_path}/x/a/out cannot be made: Not a directory \({tmp_path}/x/a"

@@ -179,23 +179,31 @@ EXPERTS = "model.layers.0.block_sparse_moe.experts"
     ("name", "changes", "message"),
     [
         ("llama", {"format_version": 9}, "has format version 9, this lowrank-kit reads up to"),
-        ("llama", {f"{PATH}.A.weight": None}, f"factors of rank 10 in config.json, and {PATH}.A.weight is in no file"),
+        (
+            "llama",
+            {f"{PATH}.A.weight": None},
+            f"rank 10, form factors in config.json, and {PATH}.A.weight is in no file",
+        ),
         ("llama", {f"{PATH}.weight": None}, f"and {PATH}.weight is in no file"),
         ("mixtral", {f"{EXPERTS}.down.A": None}, "experts.down.A is in no file"),
         (
             "llama",
             {PATH: {"rank": 9, "form": "factors"}},
-            "of rank 10 in the files, and factors of rank 9 in",
+            "rank 10, form factors in .*, rank 9, form factors in quantization_config",
         ),
         (
             "llama",
             {PATH: {"rank": 10, "form": "pivoted"}},
-            f"of rank 10 in config.json, and {PATH}.C.weight is in",
+            f"rank 10, form pivoted in config.json, and {PATH}.C.weight is in",
         ),
-        ("llama", {PATH: None}, f"{PATH} is factors of rank 10 in the files, and dense in config.json"),
+        ("llama", {PATH: None}, f"{PATH}: rank 10, form factors in .*, nothing in quantization_config"),
         ("llama", {"model.norm": {"rank": 1, "form": "factors"}}, "and model.norm.B.weight is in no file"),
         ("llama", {f"{PATH}.A.weight": torch.zeros(9, 32)}, r"\[9, 32\] do not make matrix model.layers.0"),
-        ("llama", {f"{PATH}.A.weight": torch.zeros(10, 32).half()}, f"{PATH}.B.weight F32, {PATH}.A.weight F16"),
+        (
+            "llama",
+            {f"{PATH}.A.weight": torch.zeros(10, 32).half()},
+            f"{PATH}.B.weight has dtype F32; {PATH}.A.weight F16",
+        ),
         ("llama", {f"{PATH}.A.weight": torch.full((10, 32), float("nan"))}, "NaN or Inf in"),
         ("phi3", {"model.layers.0.mlp.down_proj.A.weight": torch.full((14, 48), 6e4).half()}, "are too large for F16"),
     ],
@@ -211,8 +219,9 @@ def test_a_damaged_folder(
 
 
 def test_several_number_formats_and_one_that_is_wanted(compressed: Callable[[str], Path], tmp_path: Path) -> None:
-    A = load_file(compressed("llama") / "model.safetensors")[f"{PATH}.A.weight"]
-    source = broken(compressed("llama"), tmp_path / "mixed", **{f"{PATH}.A.weight": A.half()})
+    tensors = load_file(compressed("llama") / "model.safetensors")
+    halved = {f"{PATH}.{leaf}": tensors[f"{PATH}.{leaf}"].half() for leaf in ("A.weight", "B.weight", "weight")}
+    source = broken(compressed("llama"), tmp_path / "mixed", **halved)
     export(source, tmp_path / "out", ExportSettings(dtype="float32"))
     assert torch.allclose(logits(tmp_path / "out"), logits(compressed("llama")), atol=0.1)
 

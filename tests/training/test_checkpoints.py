@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -46,7 +47,9 @@ def test_what_a_checkpoint_is(tmp_path: Path) -> None:
     files = {path.name: path.stat().st_size for path in made.iterdir()}
     manifest = json.loads((made / "checkpoint.json").read_text())
     del files["checkpoint.json"]
-    assert manifest == {"schema_version": 1, "step": 7, "processes": 1, "files": files}
+    digest = hashlib.sha256((made / "random.json").read_bytes()).hexdigest()
+    told = {"step": 7, "processes": 1, "files": files, "sha256": {"random.json": digest}}
+    assert manifest == {"schema_version": 1, **told}
     assert set(files) == {"random.json", "shard-00001-model-00001-of-00001.safetensors"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
     stored = load_file(made / "shard-00001-model-00001-of-00001.safetensors")

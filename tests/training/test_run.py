@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from lowrank_kit.errors import LowRankError, UsageError
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.layers import LowRankLinear
 from lowrank_kit.optim.schedule import RankSchedule
+from lowrank_kit.training import checkpoints, run
 from lowrank_kit.training.callbacks import ProgressLog
 from lowrank_kit.training.run import train
 from lowrank_kit.training.settings import TrainSettings
+from tests.cli.test_compress_bad_input import files_of_at_most
 from tests.training.runs import equal, log_of, weights, without_clock
 
 Make = Callable[..., TrainSettings]
@@ -238,10 +242,38 @@ def test_a_damaged_checkpoint_is_passed_over(settings_for: Make, tmp_path: Path,
     stopped_run(settings, tmp_path / "run", 7, interrupt)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-3", "checkpoint-6"}
-    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
+    state = checkpoints / "checkpoint-6" / "trainer_state.json"
+    state.write_bytes(state.read_bytes().replace(b"6", b"7"))  # of the same length
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "lo')  # as when it was killed while it wrote
     train(settings, tmp_path / "run", resume=True, device="cpu")
     assert interrupt.steps == [4, 5, 6, 7, 8]
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_killed_before_the_folder_is_whole(settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", lambda *_: os._exit(9))
+        if not (child := os.fork()):
+            with suppress(BaseException):
+                train(settings_for(steps=1), tmp_path / "run", device="cpu")
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "run").exists()
+    train(settings_for(steps=1), tmp_path / "run", device="cpu")
+    assert list(tmp_path.glob(".run*")) == []
+
+
+def test_killed_between_a_checkpoint_and_the_removal_of_another(
+    settings_for: Make, tmp_path: Path, interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(**RESUMABLE, keep_checkpoints=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "rotate", lambda *_: None)
+        stopped_run(settings, tmp_path / "run", 7, interrupt)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    train(settings, tmp_path / "run", resume=True, device="cpu")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-6"]
 
 
 def test_resuming_with_other_settings(settings_for: Make, tmp_path: Path, interrupt: Interrupt) -> None:
@@ -263,6 +295,18 @@ def test_resuming_what_is_finished(settings_for: Make, tmp_path: Path) -> None:
     train(settings_for(steps=1), tmp_path / "run", device="cpu")
     with pytest.raises(UsageError, match="finished at step 1: nothing to resume"):
         train(settings_for(steps=1), tmp_path / "run", resume=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text[:-20], lambda text: text.replace('"corpus"', '"x"'), lambda text: "[1]"]
+)
+def test_resuming_a_damaged_record(
+    change: Callable[[str], str], settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"schema_version": 1, "settings": {}, "finished": False, "step": 0, "corpus": {"sha256": ""}}
+    (tmp_path / "run.json").write_text(change(json.dumps(record)))
+    with pytest.raises(LowRankError, match=r"run\.json is damaged: .*\nhint: restore it from a copy"):
+        run.stored_settings(tmp_path)
 
 
 def test_resuming_nothing(settings_for: Make, tmp_path: Path) -> None:
@@ -340,6 +384,22 @@ def test_a_learning_rate_that_blows_up(settings_for: Make, tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False
 
 
+def test_a_full_disk(settings_for: Make, tmp_path: Path) -> None:
+    """At the beginning nothing is left; at the end what was there, and room again brings the same model."""
+    settings = settings_for(steps=3, save_every=2)
+    train(settings, tmp_path / "whole", device="cpu")
+    with files_of_at_most(1000), pytest.raises(LowRankError, match=r"run: File too large: it takes [\d,]+ bytes"):
+        train(settings, tmp_path / "run", device="cpu")
+    assert [path.name for path in tmp_path.glob("*run*")] == []
+    config = "model.safetensors: File too large: it takes [\\d,]+ bytes, [\\d,]+ are free\nhint: .*--resume -o "
+    with files_of_at_most(60_000), pytest.raises(LowRankError, match=config):
+        train(settings_for(steps=3), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / ".saving").exists()
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    train(settings_for(steps=3), tmp_path / "run", resume=True, device="cpu")
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
 def test_the_weights_come_last(settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run killed while it saves leaves a folder without weights, which resumes."""
     settings = settings_for(steps=3, save_every=2)
@@ -353,7 +413,7 @@ def test_the_weights_come_last(settings_for: Make, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(LlamaForCausalLM, "save_pretrained", full)
         # Checkpoints are saved with it too.
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(LowRankError, match="No space left"):
             train(settings_for(steps=3), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "config.json").exists()
     with pytest.raises(UsageError, match=r"no config\.json"):

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_kit.checkpoint.agreement import rank_of
 from lowrank_kit.checkpoint.beside import copy_beside
 from lowrank_kit.checkpoint.card import dense_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint
@@ -60,7 +59,7 @@ def write_dense(request: Request, folder: Path) -> Exported:
 
 
 def _row(checkpoint: Checkpoint, stored: StoredMatrix) -> dict[str, object]:
-    matrix, rank = stored.matrix, rank_of(checkpoint, stored)
+    matrix, rank = stored.matrix, checkpoint.rank(stored)
     return {"name": matrix.name, "role": matrix.role, "out": matrix.shape[0], "in": matrix.shape[1], "rank": rank}
 
 

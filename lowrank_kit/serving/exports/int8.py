@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_kit.checkpoint.agreement import rank_of
 from lowrank_kit.checkpoint.beside import copy_beside
 from lowrank_kit.checkpoint.card import int8_card
 from lowrank_kit.checkpoint.folder import CONFIG_FILE, REPORT_FILE, Checkpoint, refuse_non_finite
+from lowrank_kit.checkpoint.parts import COMPRESSED_LEAVES
 from lowrank_kit.checkpoint.quantizer import QUANT_METHOD, needed_version
 from lowrank_kit.checkpoint.reading import TORCH_DTYPES
-from lowrank_kit.checkpoint.stored import COMPRESSED_LEAVES, StoredMatrix
+from lowrank_kit.checkpoint.stored import StoredMatrix
 from lowrank_kit.errors import UsageError
 from lowrank_kit.layers import INT8, LAYERS, STACKED
 from lowrank_kit.layers.int8 import to_codes
@@ -86,7 +86,7 @@ def _row(request: Request, stored: StoredMatrix) -> dict[str, Any]:
         "role": matrix.role,
         "out": matrix.shape[0],
         "in": matrix.shape[1],
-        "rank": rank_of(request.checkpoint, stored),
+        "rank": request.checkpoint.rank(stored),
         "relative_error": weighted_error(stored.weight(*tensors), stored.weight(*coded)),
     }
 

@@ -160,6 +160,8 @@ def _missing_keys(cls: type[Any], present: Iterable[str]) -> list[_Problem]:
 def _convert(value: Any, annotation: Any) -> Any:
     """`value` as `annotation` wants it; the only conversions are int to float, str to Path and list to tuple."""
     origin = get_origin(annotation)
+    if isinstance(value, str) and "\0" in value:  # no name of a file holds it
+        raise _MismatchError("text without NUL")
     if origin in (Union, types.UnionType):
         return _convert_union(value, annotation)
     if origin is Literal:

@@ -50,7 +50,7 @@ def refused(text: str, tmp_path: Path, name: str = "train.yaml", **overrides: An
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 # YAML can write neither half of a surrogate pair, so its text stays in the basic plane.
-texts = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]))
+texts = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"], exclude_characters="\0"))
 examples = st.builds(
     Example,
     model=texts,
@@ -144,6 +144,7 @@ def test_words_yaml_1_1_would_misread(text: str, tmp_path: Path) -> None:
         ("resume: 1", "resume must be true or false, not 1"),
         ("resume: yes", 'resume must be true or false, not "yes"'),
         ("model: 3", "model must be text, not 3"),
+        ('model: "a\\0"', 'model must be text without NUL, not "a\\u0000"'),
         ("output: 3", "output must be a path, not 3"),
         ("limit: a", 'limit must be a whole number or null, not "a"'),
         ("betas: [0.9]", "betas must be a list of a number, a number, not [0.9]"),

@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 
 from lowrank_kit.report.environment import environment  # noqa: E402
 from lowrank_kit.report.files import write_json  # noqa: E402
+from lowrank_kit.report.tables import markdown_table  # noqa: E402
 from tests.fuzz.properties import FUZZES, Place  # noqa: E402
 
 
@@ -38,9 +39,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(FUZZES), action="append")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results-fuzz.json")
+    parser.add_argument("--show", action="store_true", help="print the table of the results that there are")
     arguments = parser.parse_args()
+    if arguments.show:
+        found: dict[str, Any] = json.loads(arguments.output.read_text())
+        print(markdown_table([row(name, one) for name, one in found["properties"].items()]))
+        return
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"cases": 0, "failures": 0, "seconds": 0, "seed": arguments.seed, "threads": 1}
+    found = {"cases": 0, "failures": 0, "seconds": 0, "seed": arguments.seed, "threads": 1}
     found |= {"properties": {}, "environment": environment()}
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LOWRANK_CACHE"] = f"{scratch}/cache"
@@ -56,6 +62,13 @@ def main() -> None:
             print(name, json.dumps(result), flush=True)
             write_json(arguments.output, found)
     sys.exit(found["failures"] > 0)
+
+
+def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a property in the table."""
+    became = ", ".join(f"{what} {count}" for what, count in result["became"].items())
+    cases = sum(result["became"].values())
+    return {"property": name, "cases": cases, "failures": len(result["failures"]), "what became of them": became}
 
 
 def tried(name: str, place: Place, cases: int, first_seed: int) -> dict[str, Any]:

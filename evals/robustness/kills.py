@@ -34,6 +34,7 @@ import psutil
 from lowrank_kit.data.corpus import load_corpus
 from lowrank_kit.report.environment import environment
 from lowrank_kit.report.files import write_json
+from lowrank_kit.report.tables import markdown_table
 from lowrank_kit.training.checkpoints import what_is_wrong
 
 HERE = Path(__file__).resolve().parent
@@ -76,7 +77,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="in all ways together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results-kills.json")
+    parser.add_argument("--show", action="store_true", help="print the table of the results that there are")
     arguments = parser.parse_args()
+    if arguments.show:
+        print(markdown_table([row(case) for case in json.loads(arguments.output.read_text())["cases"]]))
+        return
     chance, started = random.Random(arguments.seed), time.perf_counter()
     found: dict[str, Any] = {"kills": 0, "faults": 0, "seconds": 0, "seed": arguments.seed, "threads": 1}
     found |= {"model": CONFIG, "ways": WAYS, "cases": [], "environment": environment()}
@@ -92,6 +97,13 @@ def main() -> None:
             print(json.dumps({**found["cases"][-1], "sha256": None}), flush=True)
             write_json(arguments.output, found)
     sys.exit(found["faults"] > 0)
+
+
+def row(case: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a way in the table."""
+    places = ", ".join(f"{place} {count}" for place, count in case["killed at"].items())
+    counts = {"kills": case["kills"], "outputs": case["outputs"], "faults": len(case["faults"])}
+    return {"way": case["way"], **counts, "what was there when the kill came": places}
 
 
 def make_models(scratch: Path) -> dict[str, str]:

@@ -242,7 +242,9 @@ def read_shard(path: Path, file: str) -> ShardFile:
             table = _parse_json(stream.read(length), str(path))
     except OSError as error:
         raise LowRankError(f"{path}: cannot be read: {error}") from error
-    table.pop("__metadata__", None)
+    metadata = table.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise LowRankError(f"{path}: __metadata__ is not text by name, but {metadata!r:.80}", hint=_COPY_AGAIN)
     return checked_shard(path, file, table, begin=8 + length, nbytes=size, mtime_ns=stat.st_mtime_ns)
 
 

@@ -54,6 +54,4 @@ def _report(checkpoint: Checkpoint) -> dict[str, Any]:
         report = json.loads(path.read_text())
     except ValueError as error:
         raise LowRankError(f"{path} is damaged: {error}", hint="compress the model again") from error
-    if not isinstance(report, dict):
-        raise LowRankError(f"{path} is damaged: it holds a {type(report).__name__}", hint="compress the model again")
-    return report
+    return report if isinstance(report, dict) else {}

@@ -29,7 +29,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_ROOM = {
     errno.ENOSPC: "make room, or give an output on another disk",
     errno.EDQUOT: "make room in your quota, or give an output on another disk",
-    errno.EFBIG: "ulimit -f unlimited, or smaller files with --max-shard-bytes",
+    errno.EFBIG: "ulimit -f unlimited; lowrank compress writes smaller files with --max-shard-bytes",
 }
 
 

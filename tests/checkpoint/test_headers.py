@@ -128,6 +128,7 @@ DAMAGED = {
     ),
     "offsets backwards": (raw_file({"a": entry("F32", [2], 8, 0)}, b"8" * 8), "tensor a has no proper"),
     "offset is true": (raw_file({"a": entry("U8", [1], 0, True)}, b"8"), "tensor a has no proper"),
+    "metadata of no text": (raw_file({"__metadata__": {"a": [0]}}), "__metadata__ is not text by name"),
     "UTF-16": (raw_file('{"a": 1}'.encode("utf-16")), "not valid JSON"),
     "shape and offsets differ": (raw_file({"a": entry("F32", [3], 0, 8)}, b"8" * 8), r"needs 12 bytes.*0\.\.8 hold 8"),
     "hole": (

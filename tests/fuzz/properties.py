@@ -392,7 +392,8 @@ def command_lines_are_answered(place: Place, case: tuple[str, list[str]]) -> str
     given = {"MODEL": str(place.given / "dense"), "CONFIG": str(place.given / "config.json"), "TEXT": place.text}
     first = [given.get(word, word) for word in LINES.get(verb, [])]
     last = ["-o", str(place.work / "taken" / "below")] if verb in SLOW else []
-    code = told([*verb.split(), *first, *words, *last, "-q"])
+    with contextlib.chdir(place.work):  # some words are names of files to be
+        code = told([*verb.split(), *first, *words, *last, "-q"])
     place.untouched()
     _whole_or_nothing(place.work, code)
     return f"exit code {code}"

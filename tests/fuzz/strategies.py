@@ -181,11 +181,13 @@ def shard_bytes(drawn: dict[str, Any]) -> bytes:
 
 # Command lines
 
-_WORDS_OF_OPTIONS = ["", "0", "1", "2", "-1", "0.5", "1e999", "nan", "1,2", ",", "x", "cpu", "é", "1:2", "a=b", "\x00"]
+_WORDS_OF_OPTIONS = ["", "0", "1", "2", "-1", "0.5", "1e999", "nan", "1,2", ",", "x", "cpu", "é", "1:2", "a=b"]
 
 
 def _options(command: click.Command) -> list[click.Option]:
-    return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    """All but the one that asks for a traceback."""
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    return [option for option in options if "--debug" not in option.opts]
 
 
 def _option(option: click.Option, paths: list[str]) -> st.SearchStrategy[list[str]]:
@@ -193,7 +195,7 @@ def _option(option: click.Option, paths: list[str]) -> st.SearchStrategy[list[st
     named = st.sampled_from([*option.opts, *option.secondary_opts])
     if option.is_flag or option.count:
         return named.map(lambda name: [name])
-    words = [*_WORDS_OF_OPTIONS, *paths]
+    words = [*_WORDS_OF_OPTIONS, *(["OUT", "OUT/below"] if "--output" in option.opts else paths)]
     if isinstance(option.type, click.Choice):
         words += [str(choice) for choice in option.type.choices]
     return st.one_of(

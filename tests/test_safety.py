@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cli.main import run
 from tests.pages import write_pages
@@ -80,6 +81,7 @@ COMMANDS = {
     "analyze": "MODEL",
     "bench": "MODEL --prompt 4 --new-tokens 2 --batch 1 --rounds 1 --warmup 0 --device cpu",
     "scale table": "--base MODEL --target CONFIG",
+    "export": "MODEL --to lora --base BASE -o OUT",
 }
 CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
 
@@ -104,8 +106,12 @@ def code_of(command: str, model: Path) -> int:
     sizes = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
     config = model.parent / "plain.json"
     config.write_text(json.dumps({**sizes, "num_attention_heads": 4, "num_key_value_heads": 2}))
+    base = shutil.copytree(model, model.parent / "base", dirs_exist_ok=True)
+    for weights in base.glob("*.safetensors"):
+        save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     text = f"--text {write_pages(model.parent / 'pages.jsonl')} --block-tokens 16 --device cpu"
     words = COMMANDS[command].replace("TEXT", text).replace("MODEL", str(model)).replace("CONFIG", str(config))
+    words = words.replace("BASE", str(base))
     verb = "scale table" if command == "scale table" else command.split()[0]
     return run([*verb.split(), *words.replace("OUT", str(model.parent / "out")).split(), "-q"])
 
@@ -121,7 +127,7 @@ def test_code_of_a_folder_is_never_run(command: str, foreign: Path, capsys: pyte
         assert code == 2, told
         assert "foreign" in told
         assert "this is a bug" not in told
-    assert not (foreign / "ran").exists()
+    assert not list(foreign.parent.rglob("ran"))
 
 
 class Bomb:
@@ -135,7 +141,7 @@ class Bomb:
 
 
 @pytest.mark.usefixtures("same_process_after")
-@pytest.mark.parametrize("command", ["train", "compress", "compress to a plan", "eval", "analyze", "bench"])
+@pytest.mark.parametrize("command", ["train", "compress", "compress to a plan", "eval", "analyze", "bench", "export"])
 def test_a_pickle_is_never_read(
     command: str, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +199,10 @@ def test_no_pickle_from_training_to_scores(tmp_path: Path) -> None:
         f"compress model --keep .5 --refine e2e --calibration-blocks 4 --refine-blocks 4 {text} -o small",
         "eval model small -q --blocks 2 --block-tokens 32",
         "analyze small -q -o spectra",
+        "export small --to dense -q -o plain",
+        "export small --to int8 -q -o codes",
+        "export plain --to lora --base model -q -o adapters",
+        "analyze codes -q",
     ]
     assert watched(lines, tmp_path) == "[]"
 

@@ -30,7 +30,8 @@ from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from lowrank_kit.report.environment import environment  # noqa: E402
 from lowrank_kit.report.files import write_json  # noqa: E402
 from lowrank_kit.report.tables import markdown_table  # noqa: E402
-from tests.fuzz.properties import FUZZES, Place  # noqa: E402
+from tests.fuzz.place import Place  # noqa: E402
+from tests.fuzz.properties import FUZZES  # noqa: E402
 
 
 def main() -> None:

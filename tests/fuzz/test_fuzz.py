@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.fuzz.properties import FUZZES, Place
+from tests.fuzz.place import Place
+from tests.fuzz.properties import FUZZES
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,9 @@ def load(preset: str, place: Place) -> dict[str, Any]:
 
 def _load(folder: Path, settings: Mapping[str, Any]) -> list[float]:
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[settings["dtype"]], device_map=settings["device"])
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[settings["dtype"]], device_map=settings["device"], trust_remote_code=False
+    )
     loaded = time.perf_counter() - started
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits.argmax().item()

@@ -139,7 +139,7 @@ def _calibrated(dense: Path, seed: int, place: Place) -> Calibration:
         _KNOWN.clear()
         chosen = [_settings(method, 0.5, seed, place) for method in place.settings["methods"]]
         curvature = any(one.needs_curvature for one in chosen)
-        reads_most = max(chosen, key=lambda one: one.refine != "none")
+        reads_most = max(chosen, key=lambda one: one.needs_refinement)
         _KNOWN[dense] = calibrate(Checkpoint.open(dense), reads_most, curvature=curvature)
     return _KNOWN[dense]
 

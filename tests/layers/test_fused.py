@@ -95,6 +95,15 @@ def test_moved_and_cast_like_any_module() -> None:
         assert logits(fuse(compressed())).isfinite().all()
 
 
+@pytest.mark.parametrize("pivoted", [(), tuple(RANKS)])
+def test_half_precision_is_as_good(pivoted: tuple[str, ...]) -> None:
+    model = compressed(pivoted)
+    exact, half = logits(model), copy.deepcopy(model).to(torch.bfloat16)
+    plain, fused = logits(half), logits(fuse(copy.deepcopy(half)))
+    assert fused.dtype == torch.bfloat16
+    assert (fused - exact).square().mean() < 2 * (plain - exact).square().mean()
+
+
 def test_a_fused_model_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(LowRankError, match="a fused model is for inference"):
         fuse(compressed()).save_pretrained(tmp_path / "model")

@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from .names import OPTIMIZERS, OfferedType
 from .output import setup_logging
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -111,6 +112,18 @@ def output_option(*, required: bool = True) -> Callable[..., Any]:
         required=required,
         **default,
         help="Folder for the result; new or empty.",
+    )
+
+
+def optimizer_option(text: str = "numuon, muon, adamw or sgd.") -> Callable[..., Any]:
+    """--optimizer, with what its help says."""
+    return click.option(
+        "--optimizer",
+        type=OfferedType(*OPTIMIZERS),
+        metavar="NAME",
+        default="numuon",
+        show_default=True,
+        help=text,
     )
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .names import DEPTH_RULES, OPTIMIZERS, PRESET_OR_FILE, SOURCE, OfferedType
-from .options import device_option, json_option, output_option, seed_option, verbosity_options, whole_numbers
+from .options import (
+    device_option,
+    json_option,
+    optimizer_option,
+    output_option,
+    seed_option,
+    verbosity_options,
+    whole_numbers,
+)
 from .output import check_new_folder, emit
 from .scale_sweep import command as sweep
 
@@ -60,14 +68,7 @@ command.add_command(sweep)
     help="What was tuned: a preset, a folder or a config.json.",
 )
 @click.option("--target", type=PRESET_OR_FILE, metavar="MODEL", required=True, help="What is to be trained, likewise.")
-@click.option(
-    "--optimizer",
-    type=OfferedType(*OPTIMIZERS),
-    metavar="NAME",
-    default="numuon",
-    show_default=True,
-    help="Of the matrices; see below.",
-)
+@optimizer_option("Of the matrices; see below.")
 @depth_option
 @click.option("--lr", type=float, default=None, help="Of the base's matrices; left out, ratios to it are printed.")
 @click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, --lr.")

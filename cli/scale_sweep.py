@@ -10,8 +10,8 @@ import click
 
 from lowrank_kit.errors import CheckFailedError, UsageError
 
-from .names import OPTIMIZERS, PRESET_OR_FILE, SOURCE, OfferedType
-from .options import device_option, json_option, output_option, verbosity_options, whole_numbers
+from .names import PRESET_OR_FILE, SOURCE
+from .options import device_option, json_option, optimizer_option, output_option, verbosity_options, whole_numbers
 from .output import check_new_folder, emit
 
 if TYPE_CHECKING:
@@ -55,14 +55,7 @@ def _rates(context: click.Context, parameter: click.Parameter, value: str) -> tu
     "--lrs", metavar="LOW:HIGH[:STEP]", default="-10:-4", show_default=True, callback=_rates, help="log2 of the rates."
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many, from 0 on.")
-@click.option(
-    "--optimizer",
-    type=OfferedType(*OPTIMIZERS),
-    metavar="NAME",
-    default="numuon",
-    show_default=True,
-    help="numuon, muon, adamw or sgd.",
-)
+@optimizer_option()
 @click.option("--steps", type=int, default=100, show_default=True, help="Optimizer steps of each training.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences in a step.")
 @click.option("--block-tokens", type=int, default=32, show_default=True, help="Tokens in a sequence.")

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .names import DEPTH_RULES, LR_SCHEDULES, MODEL, OPTIMIZERS, PACKINGS, PRESET_OR_FILE, SOURCE, TOPK, OfferedType
-from .options import device_option, given_parameters, json_option, output_option, seed_option, verbosity_options
+from .names import DEPTH_RULES, LR_SCHEDULES, MODEL, PACKINGS, PRESET_OR_FILE, SOURCE, TOPK, OfferedType
+from .options import (
+    device_option,
+    given_parameters,
+    json_option,
+    optimizer_option,
+    output_option,
+    seed_option,
+    verbosity_options,
+)
 from .output import check_new_folder, emit
 
 if TYPE_CHECKING:
@@ -32,14 +40,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
     default=None,
     help="Train from scratch: a preset, see below, or a config.",
 )
-@click.option(
-    "--optimizer",
-    type=OfferedType(*OPTIMIZERS),
-    metavar="NAME",
-    default="numuon",
-    show_default=True,
-    help="numuon, muon, adamw or sgd.",
-)
+@optimizer_option()
 @click.option("--lr", type=float, default=None, help="Peak learning rate; left out, the optimizer's default.")
 @click.option("--adamw-lr", type=float, default=None, help="Of embeddings, head and vectors; left out, --lr.")
 @click.option("--rank", metavar="SCHEDULE", default=None, help="Of numuon: see below.")

@@ -110,7 +110,7 @@ class LowRankQuantizer(HfQuantizer):
         headers = _headers(checkpoint_files or [])
         known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         prefix = f"{model.base_model_prefix}."
-        with torch.device("meta"), no_init_weights():  # half the time of loading a small model
+        with torch.device("meta"), no_init_weights():  # the files have the numbers
             for name, entry in self.quantization_config.matrices.items():
                 # AutoModel, or a head on top of it, adds or drops the prefix of the base model.
                 candidates = (name, name.removeprefix(prefix), prefix + name)
